@@ -1,0 +1,61 @@
+"""The `metis-home` command: results on stdout, talk on stderr.
+
+Exit status: 0 done, 1 failed (one message on stderr), 2 wrong usage, 130 / 143 stopped by SIGINT / SIGTERM.
+Nothing here imports torch: each command imports what it needs when it runs.
+"""
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from ..errors import MetisHomeError
+from . import answer, checkpoints, doctor
+
+app = typer.Typer(
+    name="metis-home",
+    help="Hybrid-thinking VLMs: convert, route, answer, train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (checkpoints, answer, doctor):
+    module.add_commands(app)
+
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(f"metis_home {installed_version('metis_home')}")
+        raise typer.Exit()
+
+
+def _stop_on_sigterm(signum: int, frame: FrameType | None) -> None:
+    # An exception, so that `finally` blocks run and nothing half-written stays behind.
+    raise SystemExit(128 + signum)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit status."""
+    signal.signal(signal.SIGTERM, _stop_on_sigterm)
+    try:
+        app(args=arguments, standalone_mode=True)
+    except (MetisHomeError, OSError) as error:
+        if _debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,7 @@
+"""`metis-home generate` and `metis-home route`."""
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this file to `app`."""
