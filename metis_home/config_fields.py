@@ -23,3 +23,16 @@ TEXT_FIELDS = {"num_experts": 2}
 
 # In generation_config.json: think when P(thinking) >= threshold.
 GENERATION_FIELDS = {"router_threshold": 0.5}
+
+# Fields that no configuration class declares and that checkpoints of Qwen2.5-VL and its fine-tunes carry all the same.
+# Every other unknown field is refused on loading.
+TOLERATED_FIELDS = frozenset(
+    """
+    add_cross_attention auto_map attn_implementation chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id experts_implementation finetuning_task id2label in_chans is_decoder is_encoder_decoder
+    label2id model_type mrope_section name_or_path num_labels output_attentions output_hidden_states per_layer_config
+    prefix problem_type pruned_heads quantization_config return_dict rope_parameters rope_scaling rope_theta
+    sep_token_id spatial_patch_size task_specific_params tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+    tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_return_dict vision_token_id
+    """.split()
+)

@@ -1,0 +1,435 @@
+"""The two-branch model: the Qwen2.5-VL classes of transformers, and only what differs.
+
+A decoder layer has two FFNs; `branch_ids` says per query (or per token of packed rows) which one runs. One decision holds
+for all layers and for the whole answer, because every key and value after layer 0 depends on it.
+
+Shapes: B batch, T tokens, D hidden size, E branches (2).
+"""
+
+# No `from __future__ import annotations`: transformers reads `config: MetisHomeConfig` of these classes as a type.
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLDecoderLayer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLPreTrainedModel,
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+    Qwen2_5_VLTextModel,
+)
+from transformers.utils import can_return_tuple
+
+from . import ops
+from .branch_mlp import MetisHomeMLP
+from .branch_plan import BranchIds, BranchPlan, check_branch_ids, plan_branches
+from .cache_branch import branch_for_cache, stamp_cache
+from .checkpoint import register_layouts
+from .configuration import MetisHomeConfig, MetisHomeTextConfig
+from .errors import BranchError, CheckpointError
+from .generation import RoutedGenerationMixin
+from .router import IGNORE, MetisHomeRouter, RouterDecision, decide, router_cross_entropy
+from .router_layout import router_tensors
+from .routing import check_router_labels, routable_mask, teacher_forced, total_loss
+
+register_layouts()
+
+
+class MetisHomeDecoderLayer(Qwen2_5_VLDecoderLayer):
+    """A Qwen2.5-VL decoder layer whose FFN has two branches."""
+
+    def __init__(self, config: MetisHomeTextConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.mlp = MetisHomeMLP(config)
+
+    # `branch_ids` is named, or it would travel on into the attention function.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        branch_ids: BranchIds | BranchPlan | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """As in transformers, with `branch_ids`: an int, (B,), (B, T) or the plan of this forward."""
+        if branch_ids is None:
+            raise BranchError("a decoder layer needs branch_ids: an int, (B,), (B, T) or a plan; found None")
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        return residual + self.mlp(hidden_states, branch_ids)
+
+
+class MetisHomePreTrainedModel(Qwen2_5_VLPreTrainedModel):
+    """What all classes of the model share: the config class, and how a fresh router is filled."""
+
+    config: MetisHomeConfig
+    _no_split_modules = ["MetisHomeDecoderLayer", "Qwen2_5_VLVisionBlock"]
+    _keep_in_fp32_modules_strict = ["router"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MetisHomeRouter):
+            layout = router_tensors(module.norm.weight.numel(), module.hidden.weight.shape[0], module.pooling)
+            for name, tensor in module.named_parameters():
+                fill = layout[name]
+                if fill.std is None:
+                    init.constant_(tensor, fill.constant)
+                else:
+                    init.normal_(tensor, mean=0.0, std=fill.std)
+
+
+class MetisHomeTextModel(MetisHomePreTrainedModel, Qwen2_5_VLTextModel):
+    """The text decoder. Its `branch_ids` is required: only the whole model can route."""
+
+    config: MetisHomeTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": MetisHomeDecoderLayer, "attentions": Qwen2_5_VLAttention}
+
+    def __init__(self, config: MetisHomeTextConfig) -> None:
+        # Not Qwen2_5_VLTextModel.__init__: it would build, and initialise, the dense layers first.
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([MetisHomeDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self._attn_implementation = config._attn_implementation
+        self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.has_sliding_layers = "sliding_attention" in config.layer_types
+        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        branch_ids: BranchIds | BranchPlan | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As in transformers, with `branch_ids`: an int, (B,) or (B, T)."""
+        if branch_ids is None:
+            raise BranchError(
+                "the text model cannot route by itself: pass branch_ids (an int, (B,) or (B, T)), "
+                "or call MetisHomeForConditionalGeneration, which asks the router"
+            )
+        if not isinstance(branch_ids, BranchPlan):
+            hidden = input_ids if input_ids is not None else inputs_embeds
+            if hidden is not None:  # else the stock forward explains what is missing
+                branch_ids = plan_branches(branch_ids, hidden.shape[0], hidden.shape[1], hidden.device)
+        return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, branch_ids=branch_ids, **kwargs)
+
+
+class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
+    """Vision tower, two-branch text decoder and router, without a head."""
+
+    def __init__(self, config: MetisHomeConfig) -> None:
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.language_model = MetisHomeTextModel._from_config(config.text_config)
+        self.router = MetisHomeRouter(
+            config.text_config.hidden_size, config.router_hidden_size, config.router_pooling
+        )
+        self.rope_deltas = None
+        self.post_init()
+
+    def embed(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+    ) -> Tensor:
+        """Return what enters layer 0: token embeddings with image and video features in their places, (B, T, D).
+
+        The arguments are those of `forward`. Features that `mm_encoder_outputs` already holds are not computed again.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        encoded = dict(mm_encoder_outputs or {})
+        if encoded.get("image") is None and pixel_values is not None:
+            encoded["image"] = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+        if encoded.get("video") is None and pixel_values_videos is not None:
+            encoded["video"] = self.get_video_features(
+                pixel_values_videos, video_grid_thw, return_dict=True
+            )
+        for place, modality in enumerate(("image", "video")):
+            if encoded.get(modality) is not None:
+                features = torch.cat(tuple(encoded[modality].pooler_output), dim=0).to(inputs_embeds)
+                masks = self.get_placeholder_mask(
+                    input_ids, inputs_embeds=inputs_embeds, **{f"{modality}_features": features}
+                )
+                inputs_embeds = inputs_embeds.masked_scatter(masks[place], features)
+        return inputs_embeds
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        branch_ids: BranchIds | None = None,
+        router_labels: Tensor | None = None,
+        router_mask: Tensor | None = None,
+        **kwargs,
+    ) -> "MetisHomeModelOutputWithPast":
+        """As in transformers, with the routing arguments of `MetisHomeForConditionalGeneration.forward`, and
+
+        Args:
+            router_mask: (B, T), true at the tokens that the router may read; default: `attention_mask`.
+        """
+        embeds = self.embed(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            pixel_values_videos,
+            image_grid_thw,
+            video_grid_thw,
+            mm_encoder_outputs,
+        )
+        batch, tokens = embeds.shape[:2]
+        if branch_ids is not None:
+            branch_ids = check_branch_ids(branch_ids, batch, tokens)
+        branch_ids = branch_for_cache(past_key_values, branch_ids)
+        router_logits = None
+        if branch_ids is None or router_labels is not None:
+            if router_mask is None:
+                router_mask = routable_mask(batch, tokens, attention_mask, position_ids, kwargs)
+            decision = ops.route_queries(embeds, router_mask, self.router, backend=self.config.text_config.ffn_implementation)
+            router_logits = decision.logits
+            if branch_ids is None:
+                branch_ids = teacher_forced(decision, router_labels)
+
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=embeds,
+            use_cache=use_cache,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            second_per_grid_ts=second_per_grid_ts,
+            branch_ids=branch_ids,
+            return_dict=True,
+            **kwargs,
+        )
+        stamp_cache(outputs.past_key_values, branch_ids)
+        return MetisHomeModelOutputWithPast(**outputs, router_logits=router_logits, branch_ids=branch_ids)
+
+
+@dataclass
+class MetisHomeModelOutputWithPast(BaseModelOutputWithPast):
+    """`router_logits`: (B, 2) float32 where the router ran, else None. `branch_ids`: what the layers used."""
+
+    router_logits: Tensor | None = None
+    branch_ids: int | Tensor | None = None
+
+
+@dataclass
+class MetisHomeCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`loss` = `lm_loss` + router_loss_weight * `router_loss`, each there when its labels are.
+
+    `router_logits`: (B, 2) float32 where the router ran, else None. `branch_ids`: what the layers used, an int or a
+    tensor of shape (B,) or (B, T).
+    """
+
+    router_logits: Tensor | None = None
+    branch_ids: int | Tensor | None = None
+    lm_loss: Tensor | None = None
+    router_loss: Tensor | None = None
+
+
+class MetisHomeForConditionalGeneration(
+    RoutedGenerationMixin, MetisHomePreTrainedModel, Qwen2_5_VLForConditionalGeneration
+):
+    """The drop-in model: answers with one of two branches, chosen per query."""
+
+    config: MetisHomeConfig
+
+    def __init__(self, config: MetisHomeConfig) -> None:
+        Qwen2_5_VLPreTrainedModel.__init__(self, config)
+        self.model = MetisHomeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers; a checkpoint without the weights of both branches and the router is refused.
+
+        Raises:
+            ConfigError: the directory holds another model, for example a dense one.
+            CheckpointError: branch or router weights are missing.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        lost = sorted(name for name in info["missing_keys"] if ".mlp.experts." in name or ".router." in name)
+        if lost:
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: {len(lost)} weights of the branches or the router are missing, "
+                f"the first is {lost[0]!r}. If these are dense weights, run `metis-home convert DENSE OUT` and load OUT."
+            )
+        return (model, info) if wants_info else model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        branch_ids: BranchIds | None = None,
+        router_labels: Tensor | None = None,
+        **kwargs,
+    ) -> MetisHomeCausalLMOutputWithPast:
+        """As `Qwen2_5_VLForConditionalGeneration.forward`, and
+
+        Args:
+            branch_ids: the branch of the batch (int), of each query (B,), or of each token of packed rows (B, T).
+                None: continue the cache's branch; else take `router_labels`; else ask the router (threshold 0.5).
+            router_labels: (B,), the branch that each query should have, -100 where unknown. Rows are then sent to that
+                branch (teacher forcing, unless branch_ids says otherwise) and the router's loss is added.
+                The router reads prompt tokens only: those where `labels` is -100.
+        Returns:
+            `MetisHomeCausalLMOutputWithPast`.
+        Raises:
+            BranchError: branch_ids or router_labels that name no branch or do not fit the batch; packed rows without
+                branch_ids. CacheBranchError: a cache of another branch.
+        Source: Metis-HOME, L_total = L_prediction + L_router.
+        """
+        router_mask = None
+        if router_labels is not None:
+            hidden = input_ids if input_ids is not None else inputs_embeds
+            batch, tokens = hidden.shape[:2]
+            check_router_labels(router_labels, batch)
+            router_labels = router_labels.to(hidden.device)
+            router_mask = routable_mask(batch, tokens, attention_mask, position_ids, kwargs)
+            if labels is not None:
+                prompt = labels == IGNORE
+                router_mask = prompt if router_mask is None else prompt & router_mask.bool()
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            second_per_grid_ts=second_per_grid_ts,
+            mm_encoder_outputs=mm_encoder_outputs,
+            branch_ids=branch_ids,
+            router_labels=router_labels,
+            router_mask=router_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, keep, :])
+
+        lm_loss = router_loss = None
+        if labels is not None:
+            lm_loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        if router_labels is not None:
+            router_loss = router_cross_entropy(outputs.router_logits, router_labels)
+        return MetisHomeCausalLMOutputWithPast(
+            loss=total_loss(lm_loss, router_loss, self.config.router_loss_weight),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            branch_ids=outputs.branch_ids,
+            lm_loss=lm_loss,
+            router_loss=router_loss,
+        )
+
+    def route(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        router_threshold: float | None = None,
+        **ignored,
+    ) -> RouterDecision:
+        """Ask the router about each query without answering: embeddings, vision tower and router run, no decoder layer.
+
+        Args:
+            input_ids, attention_mask, ...: the prompts, as for `forward` and `generate`; further inputs of a processor
+                (`mm_token_type_ids`, ...) are taken and not needed.
+            router_threshold: think where P(thinking) >= this; default: the generation config's, else 0.5.
+        Raises:
+            BranchError: a threshold outside [0, 1], or rows that are no single query.
+        """
+        embeds = self.model.embed(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            pixel_values_videos,
+            image_grid_thw,
+            video_grid_thw,
+            mm_encoder_outputs,
+        )
+        mask = routable_mask(*embeds.shape[:2], attention_mask, ignored.get("position_ids"), ignored)
+        backend = self.config.text_config.ffn_implementation
+        decision = ops.route_queries(embeds, mask, self.model.router, backend=backend)
+        return decide(decision.logits, self._router_threshold(router_threshold))

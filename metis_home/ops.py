@@ -1,0 +1,155 @@
+"""The only door to the kernels: what the model computes that a dense model does not.
+
+`torch` calls the layer's modules, so LoRA, quantised linears, hooks and sharded parameters all act. `triton` is the
+fused path of `metis_home.kernels`. `auto` takes the fused path where it runs and is known to be faster.
+
+Shapes: B batch, T tokens, N = B * T rows, D hidden size.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .branch import Branch
+from .branch_plan import BranchIds, BranchPlan, plan_branches
+from .errors import BackendError
+from .router import MetisHomeRouter, RouterDecision, decide
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS: tuple[str, ...] = ("auto", "torch", "triton")
+_ENVIRONMENT_VARIABLE = "METIS_HOME_BACKEND"
+
+
+def check_backend(backend: str, where: str = "backend") -> str:
+    """Return `backend` if it is one.
+
+    Raises:
+        BackendError: it is not; `where` names the place it was found in.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"{where} must be one of {', '.join(BACKENDS)}; found {backend!r}")
+    return backend
+
+
+_backend: str = check_backend(os.environ.get(_ENVIRONMENT_VARIABLE, "auto"), f"environment {_ENVIRONMENT_VARIABLE}")
+
+
+def set_backend(backend: Backend) -> None:
+    """Choose the backend for every call that does not name one (process-wide).
+
+    Raises:
+        BackendError: unknown backend.
+    """
+    global _backend
+    _backend = check_backend(backend)
+
+
+def get_backend() -> str:
+    """The process-wide backend: `auto`, `torch` or `triton`."""
+    return _backend
+
+
+class _KeepUnused(torch.autograd.Function):
+    """Return `y` as it is, and tie `unused` (0 rows) into the graph with a zero gradient."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, unused: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.unused_shape = unused.shape
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad_y, grad_y.new_zeros(ctx.unused_shape)
+
+
+def branch_ffn(
+    x_BTD: Tensor,
+    experts: Sequence[nn.Module] | nn.ModuleList,
+    branch_ids: BranchIds | BranchPlan,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Send each row through the FFN of its branch.
+
+    Args:
+        x_BTD: hidden states, (B, T, D).
+        experts: the layer's two FFN modules, (non-thinking, thinking).
+        branch_ids: an int for the whole batch (then this *is* the dense FFN, bit for bit), (B,) per query, (B, T) per
+            token (packed rows), or the plan of this forward.
+        backend: see the module's head.
+    Returns:
+        (B, T, D), dtype of the experts' output.
+    Raises:
+        BranchError: branch_ids of a wrong type, shape or range.
+        BackendError: `triton` was asked for and cannot run here.
+
+    While training, both experts are called, the one without rows on 0 rows: its gradients are then zeros instead of
+    missing, and all ranks of a distributed run issue the same collectives in the same order.
+    """
+    plan = branch_ids
+    if not isinstance(plan, BranchPlan):
+        plan = plan_branches(plan, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
+    if isinstance(plan, int):
+        return _one_branch(x_BTD, experts, plan)
+    plan = plan.to(x_BTD.device)
+    if plan.rows is None:
+        y_NON, y_THINK = experts[Branch.NON_THINKING](x_BTD), experts[Branch.THINKING](x_BTD)
+        is_thinking = plan.branch_ids == Branch.THINKING
+        return torch.where(is_thinking.view(*is_thinking.shape, *[1] * (3 - is_thinking.dim())), y_THINK, y_NON)
+    return _by_rows(x_BTD, experts, plan.rows)
+
+
+def _one_branch(x_BTD: Tensor, experts: Sequence[nn.Module] | nn.ModuleList, branch: int) -> Tensor:
+    if not _calls_every_expert(experts):
+        return experts[branch](x_BTD)
+    other = 1 - branch
+    # Index order on every rank, whichever branch it trains.
+    outputs = {index: experts[index](x_BTD if index == branch else x_BTD[:0]) for index in (0, 1)}
+    return _KeepUnused.apply(outputs[branch], outputs[other])
+
+
+def _by_rows(x_BTD: Tensor, experts: Sequence[nn.Module] | nn.ModuleList, rows: tuple[Tensor, Tensor]) -> Tensor:
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    y_ND: Tensor | None = None
+    for expert, index in zip(experts, rows, strict=True):
+        if index.numel() == 0 and not _calls_every_expert(experts):
+            continue
+        part = expert(x_ND.index_select(0, index))
+        if y_ND is None:
+            y_ND = part.new_zeros(x_ND.shape)
+        y_ND = y_ND.index_copy(0, index, part)
+    if y_ND is None:  # no rows at all
+        return torch.zeros_like(x_BTD)
+    return y_ND.view_as(x_BTD)
+
+
+def _calls_every_expert(experts: Sequence[nn.Module] | nn.ModuleList) -> bool:
+    return experts[0].training or _is_sharded(experts[0])
+
+
+def _is_sharded(expert: nn.Module) -> bool:
+    # Sharded parameters are gathered by collectives: every rank has to call the same modules in the same order.
+    weight = getattr(getattr(expert, "down_proj", None), "weight", None)
+    return hasattr(weight, "ds_id") or hasattr(weight, "placements")  # DeepSpeed ZeRO-3, torch DTensor
+
+
+def route_queries(
+    x_BTD: Tensor, mask_BT: Tensor | None, router: MetisHomeRouter, *, backend: Backend = "auto"
+) -> RouterDecision:
+    """Let the router decide on each query, at threshold 0.5.
+
+    Args:
+        x_BTD: input embeddings with visual features merged in, (B, T, D).
+        mask_BT: true at prompt tokens, (B, T); None means all.
+        router: the model's router.
+        backend: see the module's head.
+    Raises:
+        BackendError: `triton` was asked for and cannot run here.
+    """
+    return decide(router(x_BTD, mask_BT))
