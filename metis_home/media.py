@@ -28,6 +28,7 @@ MAX_ASPECT_RATIO = 200  # Qwen2.5-VL's image processor refuses more
 
 _IMAGE_KEYS = ("image", "url", "path", "base64")
 _VIDEO_KEYS = ("video", "url", "path")
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the latter where warnings are errors
 # What Pillow raises on broken files; SyntaxError is its word for a broken PNG.
 _BROKEN_FILE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -176,7 +177,7 @@ def _load_address(address: str, allow_remote: bool) -> Image.Image:
 def _open(file: IO[bytes], name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)  # reads the header only
-    except Image.DecompressionBombError as error:
+    except _BOMB as error:
         raise ProcessorError(f"{name}: {error}") from error
     except _BROKEN_FILE as error:
         raise ProcessorError(f"{name}: not a readable {', '.join(IMAGE_FORMATS)} image ({error}).") from error
@@ -204,7 +205,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             image.paste(layer, mask=layer.getchannel("A"))
             return image
         return image.convert("RGB")
-    except (*_BROKEN_FILE, Image.DecompressionBombError) as error:
+    except (*_BROKEN_FILE, *_BOMB) as error:
         raise ProcessorError(f"{name}: broken image: {error}") from error
 
 
