@@ -9,6 +9,7 @@ from .router_layout import DEFAULT_POOLING, DEFAULT_ROUTER_HIDDEN_SIZE
 MODEL_TYPE = "metis_home"
 TEXT_MODEL_TYPE = "metis_home_text"
 ARCHITECTURE = "MetisHomeForConditionalGeneration"
+BASE_ARCHITECTURE = "MetisHomeModel"
 PROCESSOR_CLASS = "MetisHomeProcessor"
 
 # On the root config, also when the source keeps its text fields flat beside them.
@@ -36,3 +37,30 @@ TOLERATED_FIELDS = frozenset(
     tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 use_return_dict vision_token_id
     """.split()
 )
+
+# Stock Qwen2.5-VL classes would load a two-branch checkpoint with a warning and fill the FFNs with random numbers. So a
+# two-branch config.json holds a text where their strict configuration wants a number: they refuse it, and their error
+# shows the text. Ours puts the number back.
+GUARDED_FIELD = "max_window_layers"
+GUARD = "two-branch checkpoint: load it with metis_home, or split it first (metis-home split)"
+GUARDED_VALUE_FIELD = "guarded_max_window_layers"
+
+
+def guard_text_fields(fields: dict) -> dict:
+    """Return the text fields (of `text_config`, or a flat root) as they stand in a two-branch config.json."""
+    if fields.get(GUARDED_FIELD) == GUARD:
+        return fields
+    return {**fields, GUARDED_FIELD: GUARD, GUARDED_VALUE_FIELD: fields.get(GUARDED_FIELD)}
+
+
+def unguard_text_fields(fields: dict) -> dict:
+    """The inverse of `guard_text_fields`; fields without the guard come back unchanged."""
+    if fields.get(GUARDED_FIELD) != GUARD:
+        return fields
+    fields = dict(fields)
+    value = fields.pop(GUARDED_VALUE_FIELD, None)
+    if value is None:
+        del fields[GUARDED_FIELD]
+    else:
+        fields[GUARDED_FIELD] = value
+    return fields

@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations`: transformers reads the annotations of these classes.
 import difflib
+import json
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
@@ -11,10 +13,19 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 )
 
 from .branch import NUM_BRANCHES
-from .config_fields import MODEL_TYPE, ROOT_FIELDS, TEXT_FIELDS, TEXT_MODEL_TYPE, TOLERATED_FIELDS
+from .config_fields import (
+    MODEL_TYPE,
+    ROOT_FIELDS,
+    TEXT_FIELDS,
+    TEXT_MODEL_TYPE,
+    TOLERATED_FIELDS,
+    guard_text_fields,
+    unguard_text_fields,
+)
 from .errors import ConfigError
 from .ops import BACKENDS
 from .router_layout import POOLINGS
+
 
 def _refuse_unknown_fields(config: PreTrainedConfig, extra: dict) -> None:
     # transformers drops generation parameters that old configs carry
@@ -71,6 +82,11 @@ class MetisHomeTextConfig(Qwen2_5_VLTextConfig):
         )
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; takes the guard of a two-branch config.json off."""
+        return super().from_dict(unguard_text_fields(config_dict), **kwargs)
+
 
 class MetisHomeConfig(Qwen2_5_VLConfig):
     """The two-branch model: all fields of `Qwen2_5_VLConfig`, and
@@ -107,9 +123,7 @@ class MetisHomeConfig(Qwen2_5_VLConfig):
         _refuse_unknown_fields(self, {name: kwargs[name] for name in kwargs if name not in flat_text_fields})
         width = self.router_hidden_size
         _check(_is_number(width) and width > 0, "router_hidden_size", width, "a positive integer")
-        _check(
-            self.router_pooling in POOLINGS, "router_pooling", self.router_pooling, f"one of {', '.join(POOLINGS)}"
-        )
+        _check(self.router_pooling in POOLINGS, "router_pooling", self.router_pooling, f"one of {', '.join(POOLINGS)}")
         weight = self.router_loss_weight
         is_weight = _is_number(weight, float) and 0 <= weight < float("inf")
         _check(is_weight, "router_loss_weight", weight, "a finite number >= 0")
@@ -133,4 +147,13 @@ class MetisHomeConfig(Qwen2_5_VLConfig):
                 else "Load it with the class of its own model."
             )
             raise ConfigError(f"expected a config with model_type {MODEL_TYPE!r}, found {found!r}. {hint}")
+        config_dict = unguard_text_fields(config_dict)
+        if isinstance(config_dict.get("text_config"), dict):
+            config_dict = {**config_dict, "text_config": unguard_text_fields(config_dict["text_config"])}
         return super().from_dict(config_dict, **kwargs)
+
+    def to_json_file(self, json_file_path, use_diff=True):
+        """As in transformers; the file refuses to be read as a dense model's (see `config_fields.GUARD`)."""
+        fields = json.loads(self.to_json_string(use_diff=use_diff))
+        fields["text_config"] = guard_text_fields(fields["text_config"])
+        Path(json_file_path).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -71,6 +71,11 @@ class ForcedBranchView(ContinuousMixin):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._viewed, name)
 
+    def eval(self) -> "ForcedBranchView":
+        """Put the viewed model into evaluation mode; like `Module.eval`, returns what it was called on."""
+        self._viewed.eval()
+        return self
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The viewed model's forward with the branch forced."""
         return self._viewed(*args, branch_ids=int(self._branch), **kwargs)
@@ -143,6 +148,14 @@ class RoutedGenerationMixin:
             if threshold is None:
                 threshold = getattr(source, "router_threshold", None)
         return check_threshold(DEFAULT_THRESHOLD if threshold is None else threshold)
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; also keeps `router_threshold` and `thinking` of the generation config."""
+        config = self.generation_config  # type: ignore[attr-defined]
+        if config is not None and (hasattr(config, "router_threshold") or hasattr(config, "thinking")):
+            # transformers drops attributes it does not know from a config that says it was derived from a model's
+            config._from_model_config = False
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     # ---- the hooks of GenerationMixin ------------------------------------------------------------------------------
 

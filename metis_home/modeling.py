@@ -88,6 +88,26 @@ class MetisHomePreTrainedModel(Qwen2_5_VLPreTrainedModel):
     _no_split_modules = ["MetisHomeDecoderLayer", "Qwen2_5_VLVisionBlock"]
     _keep_in_fp32_modules_strict = ["router"]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers; a checkpoint without the weights of both branches and the router is refused.
+
+        Raises:
+            ConfigError: the directory holds another model, for example a dense one.
+            CheckpointError: branch or router weights are missing.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        lost = sorted(name for name in info["missing_keys"] if ".mlp.experts." in name or ".router." in name)
+        if lost:
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: {len(lost)} weights of the branches or the router are missing, "
+                f"the first is {lost[0]!r}. If these are dense weights, run `metis-home convert DENSE OUT` and load OUT."
+            )
+        return (model, info) if wants_info else model
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MetisHomeRouter):
@@ -148,9 +168,7 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         Qwen2_5_VLPreTrainedModel.__init__(self, config)
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
         self.language_model = MetisHomeTextModel._from_config(config.text_config)
-        self.router = MetisHomeRouter(
-            config.text_config.hidden_size, config.router_hidden_size, config.router_pooling
-        )
+        self.router = MetisHomeRouter(config.text_config.hidden_size, config.router_hidden_size, config.router_pooling)
         self.rope_deltas = None
         self.post_init()
 
@@ -174,9 +192,7 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         if encoded.get("image") is None and pixel_values is not None:
             encoded["image"] = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
         if encoded.get("video") is None and pixel_values_videos is not None:
-            encoded["video"] = self.get_video_features(
-                pixel_values_videos, video_grid_thw, return_dict=True
-            )
+            encoded["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, return_dict=True)
         for place, modality in enumerate(("image", "video")):
             if encoded.get(modality) is not None:
                 features = torch.cat(tuple(encoded[modality].pooler_output), dim=0).to(inputs_embeds)
@@ -229,7 +245,9 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         if branch_ids is None or router_labels is not None:
             if router_mask is None:
                 router_mask = routable_mask(batch, tokens, attention_mask, position_ids, kwargs)
-            decision = ops.route_queries(embeds, router_mask, self.router, backend=self.config.text_config.ffn_implementation)
+            decision = ops.route_queries(
+                embeds, router_mask, self.router, backend=self.config.text_config.ffn_implementation
+            )
             router_logits = decision.logits
             if branch_ids is None:
                 branch_ids = teacher_forced(decision, router_labels)
@@ -287,26 +305,6 @@ class MetisHomeForConditionalGeneration(
         self.model = MetisHomeModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers; a checkpoint without the weights of both branches and the router is refused.
-
-        Raises:
-            ConfigError: the directory holds another model, for example a dense one.
-            CheckpointError: branch or router weights are missing.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        lost = sorted(name for name in info["missing_keys"] if ".mlp.experts." in name or ".router." in name)
-        if lost:
-            raise CheckpointError(
-                f"{pretrained_model_name_or_path}: {len(lost)} weights of the branches or the router are missing, "
-                f"the first is {lost[0]!r}. If these are dense weights, run `metis-home convert DENSE OUT` and load OUT."
-            )
-        return (model, info) if wants_info else model
 
     @can_return_tuple
     def forward(

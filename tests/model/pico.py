@@ -139,6 +139,11 @@ def collate(rows: list[Row], side: str = "left") -> dict[str, torch.Tensor]:
     return batch
 
 
-IMAGE_ROWS = [row(9, (1, 2, 4), seed=1), row(5, seed=2), row(7, (1, 4, 4), (1, 2, 2), seed=3), row(12, (1, 2, 2), seed=4)]
+IMAGE_ROWS = [
+    row(9, (1, 2, 4), seed=1),
+    row(5, seed=2),
+    row(7, (1, 4, 4), (1, 2, 2), seed=3),
+    row(12, (1, 2, 2), seed=4),
+]
 TEXT_ROWS = [row(9, seed=1), row(5, seed=2), row(7, seed=3), row(12, seed=4)]
 MIX = [1, 0, 0, 1]

@@ -115,7 +115,9 @@ def test_embeddings_route_like_their_tokens(model):
 
     by_ids = model.generate(**batch, **options)
     by_embeddings = model.generate(
-        inputs_embeds=model.get_input_embeddings()(batch["input_ids"]), attention_mask=batch["attention_mask"], **options
+        inputs_embeds=model.get_input_embeddings()(batch["input_ids"]),
+        attention_mask=batch["attention_mask"],
+        **options,
     )
 
     assert torch.equal(by_ids.thinking_probability, by_embeddings.thinking_probability)
@@ -211,8 +213,8 @@ class TestRouting:
     def test_defaults_come_from_the_generation_config_and_survive_saving(self, model, tmp_path):
         changed = copy.deepcopy(model)
         changed.generation_config.router_threshold = 0.0
-        changed.generation_config.save_pretrained(tmp_path)
-        changed.generation_config = GenerationConfig.from_pretrained(tmp_path)
+        changed.save_pretrained(tmp_path)
+        changed = type(model).from_pretrained(tmp_path)
         batch = collate(TEXT_ROWS)
         options = {"max_new_tokens": 1, "return_dict_in_generate": True}
 
@@ -307,7 +309,9 @@ class TestReusedCaches:
         with torch.no_grad():
             output = model(**collate([TEXT_ROWS[0]]), use_cache=True, branch_ids=1)
             with pytest.raises(CacheBranchError):
-                model(input_ids=torch.tensor([[9]]), past_key_values=output.past_key_values, branch_ids=torch.tensor([0]))
+                model(
+                    input_ids=torch.tensor([[9]]), past_key_values=output.past_key_values, branch_ids=torch.tensor([0])
+                )
 
 
 class TestRefusals:
@@ -334,7 +338,7 @@ class TestRefusals:
         ids=str,
     )
     def test_bad_routing_arguments(self, model, options):
-        with pytest.raises(BranchError, match="found"):
+        with pytest.raises(BranchError, match="found|for a batch of 4"):
             model.generate(**collate(TEXT_ROWS), max_new_tokens=1, **options)
 
     def test_a_misspelt_argument_is_still_caught(self, model):
