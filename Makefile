@@ -1,0 +1,85 @@
+# Every target makes the environment it needs. `make` alone lists them.
+#
+#   VENV=DIR      where the environment is (default .venv)
+#   PYTHON=...    which Python makes it (default: python3.11, else 3.12, else newer)
+#   WORKERS=N     test processes (default 2)
+
+VENV ?= .venv
+WORKERS ?= 2
+OUT ?= out
+
+PY := $(VENV)/bin/python
+READY := $(VENV)/.metis-home-ready
+OLDEST := $(VENV)-oldest
+export PYTHONDONTWRITEBYTECODE ?= 1
+# Tests run in $(WORKERS) processes: one torch thread each, or they fight for the cores.
+TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_THREADS) HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+.PHONY: help environment demo test lint format types test-kernels conformance gpu-check bench-overhead bench-convert \
+        fuzz test-vllm clean clean-environment
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+environment: $(READY)  ## make or update the environment (the other targets do this by themselves)
+
+$(READY): pyproject.toml environment/constraints.txt environment/create.sh
+	@environment/create.sh $(VENV)
+	@touch $@
+
+demo: $(READY)  ## the main job on real weights: convert, load, route, answer (CPU, minutes)
+	@HF_HUB_OFFLINE=1 $(PY) examples/demo.py
+
+# The kernel tests are a process of their own: Triton reads TRITON_INTERPRET once, when it is first imported.
+test: lint types test-kernels  ## everything CI checks: lint, types, all tests
+	$(PYTEST) -n $(WORKERS) --dist loadfile --ignore=tests/kernels tests
+
+lint: $(READY)  ## ruff
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)  ## ruff, mending what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(READY)  ## mypy
+	$(PY) -m mypy -p metis_home
+
+test-kernels: $(READY)  ## kernels in Triton's interpreter, no GPU needed
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/kernels
+
+conformance: $(READY) $(OLDEST)/.metis-home-ready  ## transformers' own model tests, newest and oldest supported version
+	$(TEST_THREADS) $(PY) tests/conformance/run.py --workers $(WORKERS)
+	$(TEST_THREADS) $(OLDEST)/bin/python tests/conformance/run.py --workers $(WORKERS)
+
+# Its own transformers in front, everything else from the main environment behind it.
+$(OLDEST)/.metis-home-ready: $(READY) environment/oldest.txt
+	$(PY) -m venv $(OLDEST)
+	$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_paths()['purelib'])" \
+	  > $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/main_environment.pth
+	$(OLDEST)/bin/python -m pip install -q -c environment/oldest.txt --ignore-installed --no-deps transformers
+	$(OLDEST)/bin/python -m pip install -q -c environment/oldest.txt transformers
+	@touch $@
+
+gpu-check: $(READY)  ## kernels on this machine's GPU: correctness, then speed; results in OUT=DIR
+	$(PY) benchmarks/gpu_check.py --out $(OUT)
+
+bench-overhead: $(READY)  ## the two-branch model against the dense model it came from
+	$(PY) benchmarks/overhead.py
+
+bench-convert: $(READY)  ## conversion against cp
+	$(PY) benchmarks/convert.py
+
+fuzz: $(READY)  ## the safetensors header reader against mutated files, for a bounded time
+	$(PY) tests/convert/fuzz_headers.py
+
+test-vllm: $(READY)  ## split branches in a real vLLM engine (installs it once, 3.5 GB)
+	$(PYTEST) -m vllm tests
+
+clean:  ## remove caches and built files, keep the environment
+	rm -rf build dist out .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-environment:  ## remove the environments
+	rm -rf $(VENV) $(OLDEST)
