@@ -11,13 +11,14 @@ from typing import Annotated
 
 import typer
 
-from ..errors import MetisHomeError
+from metis_home.errors import MetisHomeError
+
 from . import answer, checkpoints, doctor
 
 app = typer.Typer(
     name="metis-home",
     help="Hybrid-thinking VLMs: convert, route, answer, train.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,18 +29,24 @@ for module in (checkpoints, answer, doctor):
 _debug = False
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"metis_home {doctor.own_version()}")
+        raise typer.Exit()
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     global _debug
     _debug = debug
-    if version:
-        from importlib.metadata import version as installed_version
-
-        typer.echo(f"metis_home {installed_version('metis_home')}")
-        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def _stop_on_sigterm(signum: int, frame: FrameType | None) -> None:

@@ -79,3 +79,35 @@ def write_directory(
             json.dumps({**tokenizer_config, "processor_class": processor_class})
         )
     return path
+
+
+def write_model(path: Path, *, seed: int = 0, router_trained: bool = True) -> Path:
+    """Write a tiny random two-branch model with its processor: everything that answers a question."""
+    import torch
+    from transformers import Qwen2VLImageProcessorPil
+
+    from metis_home import MetisHomeConfig, MetisHomeForConditionalGeneration, MetisHomeProcessor
+    from tests.model.pico import TEXT, VISION
+
+    processor = MetisHomeProcessor(Qwen2VLImageProcessorPil(), tiny_tokenizer())
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    ends = {"eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>"), "bos_token_id": None}
+    config = MetisHomeConfig(
+        text_config={**TEXT, "vocab_size": len(processor.tokenizer), "max_position_embeddings": 4096, **ends},
+        vision_config={**VISION, "spatial_merge_size": 2},
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        router_trained=router_trained,
+    )
+    torch.manual_seed(seed)
+    model = MetisHomeForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)  # decisive logits: greedy text does not hang on rounding
+    model.generation_config.suppress_tokens = [token_id(token) for token in SPECIAL_TOKENS if token != "<|im_end|>"]
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
