@@ -268,7 +268,14 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
             **kwargs,
         )
         stamp_cache(outputs.past_key_values, branch_ids)
-        return MetisHomeModelOutputWithPast(**outputs, router_logits=router_logits, branch_ids=branch_ids)
+        return MetisHomeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=router_logits,
+            branch_ids=branch_ids,
+        )
 
 
 @dataclass

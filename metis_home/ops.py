@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .branch import Branch
 from .branch_plan import BranchIds, BranchPlan, plan_branches
 from .errors import BackendError
 from .router import MetisHomeRouter, RouterDecision, decide
@@ -99,8 +98,8 @@ def branch_ffn(
         return _one_branch(x_BTD, experts, plan)
     plan = plan.to(x_BTD.device)
     if plan.rows is None:
-        y_NON, y_THINK = experts[Branch.NON_THINKING](x_BTD), experts[Branch.THINKING](x_BTD)
-        is_thinking = plan.branch_ids == Branch.THINKING
+        y_NON, y_THINK = experts[0](x_BTD), experts[1](x_BTD)  # plain ints: dynamo cannot index with an enum
+        is_thinking = plan.branch_ids == 1
         return torch.where(is_thinking.view(*is_thinking.shape, *[1] * (3 - is_thinking.dim())), y_THINK, y_NON)
     return _by_rows(x_BTD, experts, plan.rows)
 
