@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D hidden size, E branches (2).
 """
 
 # No `from __future__ import annotations`: transformers reads `config: MetisHomeConfig` of these classes as a type.
+import re
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ from .router_layout import router_tensors
 from .routing import check_router_labels, routable_mask, teacher_forced, total_loss
 
 register_layouts()
+_OURS = re.compile(r"\.mlp\.experts\.|(^|\.)router\.")  # parameters that no dense checkpoint has
 
 
 class MetisHomeDecoderLayer(Qwen2_5_VLDecoderLayer):
@@ -100,7 +102,7 @@ class MetisHomePreTrainedModel(Qwen2_5_VLPreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        lost = sorted(name for name in info["missing_keys"] if ".mlp.experts." in name or ".router." in name)
+        lost = sorted(name for name in info["missing_keys"] if _OURS.search(name))
         if lost:
             raise CheckpointError(
                 f"{pretrained_model_name_or_path}: {len(lost)} weights of the branches or the router are missing, "

@@ -96,7 +96,9 @@ def test_dtype_auto_and_device_map(tmp_path):
 def test_layers_on_several_devices(model, tmp_path):
     """`device_map` never cuts through a decoder layer; offloaded layers get their branch plan."""
     model.save_pretrained(tmp_path)
-    places = {"": "cpu", "model.language_model.layers.1": "disk"}
+    text = ("embed_tokens", "layers.0", "norm", "rotary_emb")
+    places = {"model.visual": "cpu", "model.router": "cpu", "lm_head": "cpu"}
+    places |= {f"model.language_model.{name}": "cpu" for name in text} | {"model.language_model.layers.1": "disk"}
 
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off")
 
