@@ -35,3 +35,11 @@ class UnsupportedError(MetisHomeError, NotImplementedError):
 
 class BackendError(MetisHomeError, RuntimeError):
     """A compute backend was asked for that is unknown or cannot run here."""
+
+
+class VerificationError(CheckpointError):
+    """A converted checkpoint does not hold what it was made from; the message names the first difference."""
+
+
+class OutputError(MetisHomeError, OSError):
+    """An output directory cannot be written: it exists, is in use, is read-only, or the disk is full."""
