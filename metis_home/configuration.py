@@ -87,6 +87,11 @@ class MetisHomeTextConfig(Qwen2_5_VLTextConfig):
         """As in transformers; takes the guard of a two-branch config.json off."""
         return super().from_dict(unguard_text_fields(config_dict), **kwargs)
 
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As in transformers, with the checks of `from_dict`."""
+        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
+
 
 class MetisHomeConfig(Qwen2_5_VLConfig):
     """The two-branch model: all fields of `Qwen2_5_VLConfig`, and
@@ -151,6 +156,11 @@ class MetisHomeConfig(Qwen2_5_VLConfig):
         if isinstance(config_dict.get("text_config"), dict):
             config_dict = {**config_dict, "text_config": unguard_text_fields(config_dict["text_config"])}
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As in transformers, with the checks of `from_dict`."""
+        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
 
     def to_json_file(self, json_file_path, use_diff=True):
         """As in transformers; the file refuses to be read as a dense model's (see `config_fields.GUARD`)."""
