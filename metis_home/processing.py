@@ -63,7 +63,7 @@ class MetisHomeProcessor(Qwen2_5_VLProcessor):
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=template)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load from a directory or a hub id.
 
         Args:
@@ -102,7 +102,7 @@ class MetisHomeProcessor(Qwen2_5_VLProcessor):
             self._check_videos(videos)
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self, conversation, chat_template: str | None = None, *, enable_thinking: bool | None = None, **kwargs
     ):
         """Render a conversation, or tokenize it with its media (`tokenize=True, return_dict=True`).

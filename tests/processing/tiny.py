@@ -81,28 +81,33 @@ def write_directory(
     return path
 
 
+def model_fields(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """Configuration of a tiny model, dense or two-branch, for this tokenizer."""
+    from tests.model.pico import TEXT, VISION
+
+    token_id = tokenizer.convert_tokens_to_ids
+    ends = {"eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>"), "bos_token_id": None}
+    return {
+        "text_config": {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 4096, **ends},
+        "vision_config": {**VISION, "spatial_merge_size": 2},
+        **{f"{kind}_token_id": token_id(f"<|{kind}_pad|>") for kind in ("image", "video")},
+        **{f"vision_{side}_token_id": token_id(f"<|vision_{side}|>") for side in ("start", "end")},
+    }
+
+
 def write_model(path: Path, *, seed: int = 0, router_trained: bool = True) -> Path:
     """Write a tiny random two-branch model with its processor: everything that answers a question."""
     import torch
     from transformers import Qwen2VLImageProcessorPil
 
     from metis_home import MetisHomeConfig, MetisHomeForConditionalGeneration, MetisHomeProcessor
-    from tests.model.pico import TEXT, VISION
 
     processor = MetisHomeProcessor(Qwen2VLImageProcessorPil(), tiny_tokenizer())
     token_id = processor.tokenizer.convert_tokens_to_ids
-    ends = {"eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>"), "bos_token_id": None}
-    config = MetisHomeConfig(
-        text_config={**TEXT, "vocab_size": len(processor.tokenizer), "max_position_embeddings": 4096, **ends},
-        vision_config={**VISION, "spatial_merge_size": 2},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        router_trained=router_trained,
-    )
     torch.manual_seed(seed)
-    model = MetisHomeForConditionalGeneration(config)
+    model = MetisHomeForConditionalGeneration(
+        MetisHomeConfig(**model_fields(processor.tokenizer), router_trained=router_trained)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -110,4 +115,15 @@ def write_model(path: Path, *, seed: int = 0, router_trained: bool = True) -> Pa
     model.generation_config.suppress_tokens = [token_id(token) for token in SPECIAL_TOKENS if token != "<|im_end|>"]
     model.save_pretrained(path)
     processor.save_pretrained(path)
+    return path
+
+
+def write_dense_model(path: Path) -> Path:
+    """Write a tiny random dense Qwen2.5-VL, as a hub directory holds it."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    write_directory(path, processor_class="Qwen2_5_VLProcessor", image_settings=HUB_IMAGE_SETTINGS)
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model_fields(tiny_tokenizer()))).save_pretrained(path)
     return path
