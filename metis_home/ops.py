@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, N = B * T rows, D hidden size.
 import logging
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ BACKENDS: tuple[str, ...] = ("auto", "torch", "triton")
 _ENVIRONMENT_VARIABLE = "METIS_HOME_BACKEND"
 
 
-def check_backend(backend: str, where: str = "backend") -> str:
+def check_backend(backend: str, where: str = "backend") -> Backend:
     """Return `backend` if it is one.
 
     Raises:
@@ -33,7 +33,7 @@ def check_backend(backend: str, where: str = "backend") -> str:
     """
     if backend not in BACKENDS:
         raise BackendError(f"{where} must be one of {', '.join(BACKENDS)}; found {backend!r}")
-    return backend
+    return cast(Backend, backend)
 
 
 _backend: str = check_backend(os.environ.get(_ENVIRONMENT_VARIABLE, "auto"), f"environment {_ENVIRONMENT_VARIABLE}")
@@ -58,12 +58,12 @@ class _KeepUnused(torch.autograd.Function):
     """Return `y` as it is, and tie `unused` (0 rows) into the graph with a zero gradient."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, unused: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, y: Tensor, unused: Tensor) -> Tensor:
         ctx.unused_shape = unused.shape
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         return grad_y, grad_y.new_zeros(ctx.unused_shape)
 
 
@@ -121,8 +121,8 @@ def _by_rows(x_BTD: Tensor, experts: Sequence[nn.Module] | nn.ModuleList, rows: 
             continue
         part = expert(x_ND.index_select(0, index))
         if y_ND is None:
-            y_ND = part.new_zeros(x_ND.shape)
-        y_ND = y_ND.index_copy(0, index, part)
+            y_ND = part.new_empty(x_ND.shape)  # every row is in one of the two indices
+        y_ND.index_copy_(0, index, part)
     if y_ND is None:  # no rows at all
         return torch.zeros_like(x_BTD)
     return y_ND.view_as(x_BTD)
@@ -134,7 +134,7 @@ def _calls_every_expert(experts: Sequence[nn.Module] | nn.ModuleList) -> bool:
 
 def _is_sharded(expert: nn.Module) -> bool:
     # Sharded parameters are gathered by collectives: every rank has to call the same modules in the same order.
-    weight = getattr(getattr(expert, "down_proj", None), "weight", None)
+    weight = getattr(expert._modules.get("down_proj"), "weight", None)
     return hasattr(weight, "ds_id") or hasattr(weight, "placements")  # DeepSpeed ZeRO-3, torch DTensor
 
 
