@@ -1,4 +1,4 @@
-"""y = a W_down^T (+ residual) for both branches in one launch, with the sum over F cut into SPLIT parts for small batches.
+"""y = a W_down^T (+ residual) for both branches in one launch, its sum over F cut into SPLIT parts for small batches.
 
 Down has few, long tiles (D = 3584 columns, F = 18944 summands): below about 4k rows they do not fill the card. With
 SPLIT > 1 each part goes to its own float32 plane of a workspace, and `_sum_planes_kernel` adds the planes in a fixed

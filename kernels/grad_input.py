@@ -28,7 +28,10 @@ def _add_product(
     """total + left[row:end] @ right[:, column:], right (IN, OUT) row-major; pointers, rows and columns clamped."""
     lane = tl.arange(0, BLOCK_IN)
     rows = tl.minimum(row + tl.arange(0, BLOCK_ROWS), end - 1).to(tl.int64)
-    columns = tl.minimum(column + tl.arange(0, BLOCK_OUT), OUT - 1)
+    columns = column + tl.arange(0, BLOCK_OUT)
+    if OUT % BLOCK_OUT != 0:
+        # Only here: clamping hides from the compiler that neighbours are neighbours.
+        columns = tl.minimum(columns, OUT - 1)
     left_ptrs = left_ptr + rows[:, None] * left_stride + lane[None, :]
     right_ptrs = right_ptr + lane.to(tl.int64)[:, None] * OUT + columns[None, :]
     for inner in tl.range(0, IN, BLOCK_IN):
@@ -46,7 +49,7 @@ def _add_product(
 
 
 @triton.jit
-def _grad_a_kernel(
+def _grad_a_pointer_kernel(
     grad_y_ptr,
     down0_ptr,
     down1_ptr,
@@ -58,6 +61,7 @@ def _grad_a_kernel(
     tiles_ptr,
     counts_ptr,
     bound,
+    num_rows,
     grad_y_stride,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -91,6 +95,86 @@ def _grad_a_kernel(
         tl.store(grad_gate_ptr + at, grad_gate.to(element), mask=mask)
         tl.store(grad_up_ptr + at, grad_up.to(element), mask=mask)
         tl.store(a_ptr + at, a.to(element), mask=mask)
+
+
+@triton.jit
+def _grad_a_tma_kernel(
+    grad_y_ptr,
+    down0_ptr,
+    down1_ptr,
+    gate_ptr,
+    up_ptr,
+    grad_gate_ptr,
+    grad_up_ptr,
+    a_ptr,
+    tiles_ptr,
+    counts_ptr,
+    bound,
+    num_rows,
+    grad_y_stride,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    num_tiles = tl.load(counts_ptr)
+    num_blocks: tl.constexpr = (F + BLOCK_OUT - 1) // BLOCK_OUT
+    grad_y_desc = tl.make_tensor_descriptor(grad_y_ptr, [num_rows, D], [grad_y_stride, 1], [BLOCK_ROWS, BLOCK_IN])
+    gate_desc = tl.make_tensor_descriptor(gate_ptr, [num_rows, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT // 2])
+    up_desc = tl.make_tensor_descriptor(up_ptr, [num_rows, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT // 2])
+    for work in tl.range(tl.program_id(0), num_tiles * num_blocks, tl.num_programs(0)):
+        branch, row, end, block = work_item(work, tiles_ptr, bound, num_tiles, num_blocks, GROUP)
+        column = block * BLOCK_OUT
+        if branch == 0:
+            down_ptr = down0_ptr
+        else:
+            down_ptr = down1_ptr
+        down_desc = tl.make_tensor_descriptor(down_ptr, [D, F], [F, 1], [BLOCK_IN, BLOCK_OUT])
+        grad_a = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=WIDE)
+        for inner in tl.range(0, D, BLOCK_IN):
+            grad_a = dot(grad_y_desc.load([row, inner]), down_desc.load([inner, column]), grad_a)
+        # In halves: one pass over all 128 columns holds eight tiles at once and spills.
+        halves = tl.permute(tl.reshape(grad_a, (BLOCK_ROWS, 2, BLOCK_OUT // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _store_dswiglu(
+            left, gate_desc, up_desc, grad_gate_ptr, grad_up_ptr, a_ptr, row, end, column, F, BLOCK_ROWS, BLOCK_OUT // 2
+        )
+        column += BLOCK_OUT // 2
+        _store_dswiglu(
+            right,
+            gate_desc,
+            up_desc,
+            grad_gate_ptr,
+            grad_up_ptr,
+            a_ptr,
+            row,
+            end,
+            column,
+            F,
+            BLOCK_ROWS,
+            BLOCK_OUT // 2,
+        )
+
+
+@triton.jit
+def _store_dswiglu(
+    grad_a, gate_desc, up_desc, grad_gate_ptr, grad_up_ptr, a_ptr, row, end, column, F: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """(dG, dU, A) of one block of dA, clipped at the run's end."""
+    element: tl.constexpr = a_ptr.dtype.element_ty
+    gate = gate_desc.load([row, column]).to(grad_a.dtype)
+    up = up_desc.load([row, column]).to(grad_a.dtype)
+    grad_gate, grad_up, a = swiglu_gradient(grad_a, gate, up)
+    grad_gate_desc = tl.make_tensor_descriptor(grad_gate_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
+    grad_gate_desc.store([row, column], grad_gate.to(element))
+    grad_up_desc = tl.make_tensor_descriptor(grad_up_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
+    grad_up_desc.store([row, column], grad_up.to(element))
+    a_desc = tl.make_tensor_descriptor(a_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
+    a_desc.store([row, column], a.to(element))
 
 
 @triton.jit
@@ -195,10 +279,14 @@ def grad_a(
     hidden = grad_y_ND.shape[1]
     grad_gate_NF, grad_up_NF, a_NF = (gate_NF.new_empty(gate_NF.shape) for _ in range(3))
     weights = (experts[0].down_DF, experts[1].down_DF)
-    config = config or choose("grad_a", num_rows, hidden, features, (grad_y_ND, *weights))
+    config = config or choose("grad_a", num_rows, hidden, features, (grad_y_ND, *weights, gate_NF, up_NF, a_NF))
     plan = plan_tiles(branch_ids_S, rows_per_id, config["BLOCK_ROWS"])
     constexprs, options = split_config(config)
-    _grad_a_kernel[(grid_size(plan, triton.cdiv(features, config["BLOCK_OUT"]), config),)](
+    kernel = _grad_a_pointer_kernel
+    if config["variant"] == "tma":
+        set_descriptor_allocator()
+        kernel = _grad_a_tma_kernel
+    kernel[(grid_size(plan, triton.cdiv(features, config["BLOCK_OUT"]), config),)](
         grad_y_ND,
         *weights,
         gate_NF,
@@ -209,6 +297,7 @@ def grad_a(
         plan.tiles,
         plan.counts,
         plan.bound,
+        num_rows,
         grad_y_ND.stride(0),
         D=hidden,
         F=features,

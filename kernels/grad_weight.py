@@ -1,8 +1,8 @@
 """dW = sum over the rows of one branch of grad^T input, for both branches in one launch.
 
-Each program owns one block of one branch's dW and walks the tiles of that branch: the rows are the summed dimension, so
-here a tile's rows beyond its run's end must not count, and *both* operands are masked (0 times NaN is NaN). A branch
-without tiles stores its zeros; a branch whose gradient nobody wants is not launched.
+Each program owns one block of one branch's dW and walks the runs of that branch. The rows are the summed dimension, so
+here rows beyond a run's end must not count: *both* operands are clipped there (0 times NaN is NaN). A branch without
+runs stores its zeros; a branch whose gradient nobody wants is not launched.
 
 Shapes: N rows, O outputs of the weight, I inputs.
 """
@@ -11,23 +11,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped_work import split_config
+from .grouped_work import choose, set_descriptor_allocator, split_config
 from .interpreter import dot
-from .launch_table import Config, table_for
+from .launch_table import Config
 from .plan import plan_tiles
 from .reference import NUM_BRANCHES
 from .silu_mul import wide_type
 
 
 @triton.jit
-def _grad_weight_kernel(
+def _output_block(
+    OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, GROUP: tl.constexpr
+):
+    """(first output, first input) of this program's block of dW; GROUP blocks of outputs walk the inputs together."""
+    in_blocks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
+    out_blocks: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    per_group: tl.constexpr = GROUP * in_blocks
+    group = tl.program_id(0) // per_group
+    size = min(out_blocks - group * GROUP, GROUP)
+    within = tl.program_id(0) % per_group
+    return (group * GROUP + within % size) * BLOCK_OUT, within // size * BLOCK_IN
+
+
+@triton.jit
+def _grad_weight_pointer_kernel(
     grad_ptr,
     input_ptr,
     out0_ptr,
     out1_ptr,
-    tiles_ptr,
+    run_starts_ptr,
     counts_ptr,
-    bound,
     grad_stride,
     input_stride,
     first_branch,
@@ -40,31 +53,27 @@ def _grad_weight_kernel(
     GROUP: tl.constexpr,
 ):
     branch = first_branch + tl.program_id(1)
-    in_blocks: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
-    out_blocks: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
-    per_group: tl.constexpr = GROUP * in_blocks
-    group = tl.program_id(0) // per_group
-    size = min(out_blocks - group * GROUP, GROUP)
-    within = tl.program_id(0) % per_group
-    outs = (group * GROUP + within % size) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    ins = within // size * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    out_clamped = tl.minimum(outs, OUT - 1)
-    in_clamped = tl.minimum(ins, IN - 1)
-
-    tiles_of_0 = tl.load(counts_ptr + 1)
-    first_tile = tl.where(branch == 0, 0, tiles_of_0)
-    last_tile = tl.where(branch == 0, tiles_of_0, tl.load(counts_ptr))
+    out_start, in_start = _output_block(OUT, IN, BLOCK_OUT, BLOCK_IN, GROUP)
+    outs = out_start + tl.arange(0, BLOCK_OUT)
+    ins = in_start + tl.arange(0, BLOCK_IN)
     lane = tl.arange(0, BLOCK_ROWS)
     total = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=WIDE)
-    for tile in tl.range(first_tile, last_tile):
-        rows = tl.load(tiles_ptr + bound + tile) + lane
-        inside = rows < tl.load(tiles_ptr + 2 * bound + tile)
-        rows = rows.to(tl.int64)
-        grad = tl.load(grad_ptr + rows[:, None] * grad_stride + out_clamped[None, :], mask=inside[:, None], other=0.0)
-        values = tl.load(
-            input_ptr + rows[:, None] * input_stride + in_clamped[None, :], mask=inside[:, None], other=0.0
-        )
-        total = dot(tl.trans(grad), values, total)
+    first_run = (tl.load(counts_ptr + 3) + branch) % 2
+    for run in range(first_run, tl.load(counts_ptr + 2), 2):
+        start = tl.load(run_starts_ptr + run)
+        end = tl.load(run_starts_ptr + run + 1)
+        grad_ptrs = grad_ptr + (start + lane).to(tl.int64)[:, None] * grad_stride + outs[None, :]
+        input_ptrs = input_ptr + (start + lane).to(tl.int64)[:, None] * input_stride + ins[None, :]
+        for row in tl.range(start, end, BLOCK_ROWS):
+            inside = (row + lane < end)[:, None]
+            grad_mask = inside if OUT % BLOCK_OUT == 0 else inside & (outs < OUT)[None, :]
+            input_mask = inside if IN % BLOCK_IN == 0 else inside & (ins < IN)[None, :]
+            grad = tl.load(grad_ptrs, mask=grad_mask, other=0.0)
+            values = tl.load(input_ptrs, mask=input_mask, other=0.0)
+            total = dot(tl.trans(grad), values, total)
+            # int64: BLOCK_ROWS * F stays small, a caller's stride may not
+            grad_ptrs += grad_stride.to(tl.int64) * BLOCK_ROWS
+            input_ptrs += input_stride.to(tl.int64) * BLOCK_ROWS
     if branch == 0:
         out_ptr = out0_ptr
     else:
@@ -72,6 +81,45 @@ def _grad_weight_kernel(
     mask = (outs < OUT)[:, None] & (ins < IN)[None, :]
     at = outs.to(tl.int64)[:, None] * IN + ins[None, :]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grad_weight_tma_kernel(
+    grad_ptr,
+    input_ptr,
+    out0_ptr,
+    out1_ptr,
+    run_starts_ptr,
+    counts_ptr,
+    grad_stride,
+    input_stride,
+    first_branch,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    branch = first_branch + tl.program_id(1)
+    out_start, in_start = _output_block(OUT, IN, BLOCK_OUT, BLOCK_IN, GROUP)
+    total = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=WIDE)
+    first_run = (tl.load(counts_ptr + 3) + branch) % 2
+    for run in range(first_run, tl.load(counts_ptr + 2), 2):
+        start = tl.load(run_starts_ptr + run)
+        end = tl.load(run_starts_ptr + run + 1)
+        # Clipped at the run's end, where the copy engine fills with zeros.
+        grad_desc = tl.make_tensor_descriptor(grad_ptr, [end, OUT], [grad_stride, 1], [BLOCK_ROWS, BLOCK_OUT])
+        input_desc = tl.make_tensor_descriptor(input_ptr, [end, IN], [input_stride, 1], [BLOCK_ROWS, BLOCK_IN])
+        for row in tl.range(start, end, BLOCK_ROWS):
+            total = dot(grad_desc.load([row, out_start]).T, input_desc.load([row, in_start]), total)
+    if branch == 0:
+        out_ptr = out0_ptr
+    else:
+        out_ptr = out1_ptr
+    out_desc = tl.make_tensor_descriptor(out_ptr, [OUT, IN], [IN, 1], [BLOCK_OUT, BLOCK_IN])
+    out_desc.store([out_start, in_start], total.to(out_ptr.dtype.element_ty))
 
 
 def grad_weight(
@@ -92,18 +140,21 @@ def grad_weight(
         return None, None
     if config is None:
         hidden, features = sorted((outputs, inputs))
-        config = table_for(grad_NO.device).find("grad_w", hidden, features, grad_NO.dtype, num_rows)
+        config = choose("grad_w", num_rows, hidden, features, (grad_NO, input_NI, *given))
     plan = plan_tiles(branch_ids_S, rows_per_id, config["BLOCK_ROWS"])
     constexprs, options = split_config(config)
+    kernel = _grad_weight_pointer_kernel
+    if config["variant"] == "tma":
+        set_descriptor_allocator()
+        kernel = _grad_weight_tma_kernel
     blocks = triton.cdiv(outputs, config["BLOCK_OUT"]) * triton.cdiv(inputs, config["BLOCK_IN"])
-    _grad_weight_kernel[(blocks, len(given))](
+    kernel[(blocks, len(given))](
         grad_NO,
         input_NI,
         given[0] if results[0] is None else results[0],
         given[0] if results[1] is None else results[1],
-        plan.tiles,
+        plan.run_starts,
         plan.counts,
-        plan.bound,
         grad_NO.stride(0),
         input_NI.stride(0),
         0 if len(given) == NUM_BRANCHES or wanted[0] else 1,

@@ -34,7 +34,7 @@ def work_item(work, tiles_ptr, bound, num_tiles, num_blocks, GROUP: tl.constexpr
 
 
 def grid_size(plan: TilePlan, num_blocks: int, config: Config) -> int:
-    """Programs to launch: `PER_SM` per multiprocessor (1 unless the configuration says otherwise), or the bound on work."""
+    """Programs to launch: `PER_SM` (default 1) per multiprocessor, but no more than there can be work."""
     bound = plan.bound * num_blocks
     if plan.tiles.device.type != "cuda":
         return min(bound, 3)  # interpreting: fewer than the work, so that the persistent loop turns
@@ -43,7 +43,7 @@ def grid_size(plan: TilePlan, num_blocks: int, config: Config) -> int:
 
 
 def takes_descriptors(*tensors: Tensor | None) -> bool:
-    """True if the copy engine (TMA) can address each: 16-byte aligned base and row stride, last dimension contiguous."""
+    """True if the copy engine (TMA) can address each: base and row stride of whole 16 bytes, contiguous columns."""
     if not _HAS_DESCRIPTORS:
         return False
     return all(

@@ -8,7 +8,7 @@ true number of tiles from the plan. So a captured graph replays with another mix
     tiles      branch 0: 0, 128, 300       branch 1: 200          (start of each; each ends at its run's end)
 
 The program makes three passes, a barrier between them, since each reads what other threads of it wrote before:
-    1. ids  -> run_first_id    a run begins where the id differs from its left neighbour
+    1. ids  -> run_starts      a run begins where the id differs from its left neighbour
     2. runs -> run_first_tile  running sums of cdiv(length, block_rows), one per branch
     3. tiles -> their run      binary search; runs alternate, so the i-th run of a branch is number first + 2 i
 
@@ -34,7 +34,9 @@ class TilePlan:
     tiles: Tensor
     """(3, bound) int32: branch, first row, end of the run. Only the first `counts[0]` columns are written."""
     counts: Tensor
-    """(2,) int32: tiles in all, tiles of branch 0."""
+    """(4,) int32: tiles in all, tiles of branch 0, runs, branch of the first run. Runs alternate between branches."""
+    run_starts: Tensor
+    """(S + 1,) int32: first row of each run, then the end of the last. Only the first `counts[2]` + 1 are written."""
     block_rows: int
 
     @property
@@ -48,7 +50,8 @@ def _tile_plan_kernel(
     ids_ptr,
     tiles_ptr,
     counts_ptr,
-    scratch_ptr,
+    run_starts_ptr,
+    run_first_tile_ptr,
     num_ids,
     rows_per_id,
     bound,
@@ -56,8 +59,6 @@ def _tile_plan_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    run_first_id_ptr = scratch_ptr
-    run_first_tile_ptr = scratch_ptr + num_ids
     lane = tl.arange(0, BLOCK)
 
     num_runs = 0
@@ -68,8 +69,9 @@ def _tile_plan_kernel(
         left = tl.load(ids_ptr + index - 1, mask=valid & (index > 0), other=-1).to(tl.int32)
         begins = valid & (branch != left)
         position = num_runs + tl.cumsum(begins.to(tl.int32), 0) - 1
-        tl.store(run_first_id_ptr + position, index, mask=begins)
+        tl.store(run_starts_ptr + position, index * rows_per_id, mask=begins)
         num_runs += tl.sum(begins.to(tl.int32), 0)
+    tl.store(run_starts_ptr + num_runs, num_ids * rows_per_id)
     tl.debug_barrier()
 
     first_branch = tl.load(ids_ptr).to(tl.int32)
@@ -78,10 +80,9 @@ def _tile_plan_kernel(
     for base in range(0, num_runs, BLOCK):
         run = base + lane
         valid = run < num_runs
-        first = tl.load(run_first_id_ptr + run, mask=valid, other=0)
-        after = tl.load(run_first_id_ptr + run + 1, mask=run + 1 < num_runs, other=0)
-        after = tl.where(run + 1 < num_runs, after, num_ids)
-        tiles = tl.where(valid, tl.cdiv((after - first) * rows_per_id, BLOCK_ROWS), 0)
+        start = tl.load(run_starts_ptr + run, mask=valid, other=0)
+        end = tl.load(run_starts_ptr + run + 1, mask=valid, other=0)
+        tiles = tl.cdiv(end - start, BLOCK_ROWS)
         is_0 = (first_branch + run) % 2 == 0
         in_0 = tl.where(is_0, tiles, 0)
         in_1 = tl.where(is_0, 0, tiles)
@@ -91,6 +92,8 @@ def _tile_plan_kernel(
         tiles_1 += tl.sum(in_1, 0)
     tl.store(counts_ptr, tiles_0 + tiles_1)
     tl.store(counts_ptr + 1, tiles_0)
+    tl.store(counts_ptr + 2, num_runs)
+    tl.store(counts_ptr + 3, first_branch)
     tl.debug_barrier()
 
     for base in range(0, tiles_0 + tiles_1, BLOCK):
@@ -109,14 +112,13 @@ def _tile_plan_kernel(
             low, high = tl.where((low < high) & go_right, middle, low), tl.where(go_right, high, middle - 1)
             high = tl.maximum(low, high)
         run = first_run + 2 * low
-        first = tl.load(run_first_id_ptr + run, mask=valid, other=0)
-        after = tl.load(run_first_id_ptr + run + 1, mask=valid & (run + 1 < num_runs), other=0)
-        after = tl.where(run + 1 < num_runs, after, num_ids)
+        start = tl.load(run_starts_ptr + run, mask=valid, other=0)
+        end = tl.load(run_starts_ptr + run + 1, mask=valid, other=0)
         first_tile = tl.load(run_first_tile_ptr + run, mask=valid, other=0)
-        row = first * rows_per_id + (of_branch - first_tile) * BLOCK_ROWS
+        row = start + (of_branch - first_tile) * BLOCK_ROWS
         tl.store(tiles_ptr + tile, branch, mask=valid)
         tl.store(tiles_ptr + bound + tile, row, mask=valid)
-        tl.store(tiles_ptr + 2 * bound + tile, after * rows_per_id, mask=valid)
+        tl.store(tiles_ptr + 2 * bound + tile, end, mask=valid)
 
 
 def plan_tiles(branch_ids_S: Tensor, rows_per_id: int, block_rows: int) -> TilePlan:
@@ -130,17 +132,17 @@ def plan_tiles(branch_ids_S: Tensor, rows_per_id: int, block_rows: int) -> TileP
     num_ids, device = branch_ids_S.shape[0], branch_ids_S.device
     bound = max_tiles(num_ids, rows_per_id, block_rows)
     if bound == 0:
-        return TilePlan(
-            torch.empty(3, 0, dtype=torch.int32, device=device), branch_ids_S.new_zeros(2).int(), block_rows
-        )
+        nothing = torch.zeros(4, dtype=torch.int32, device=device)
+        return TilePlan(torch.empty(3, 0, dtype=torch.int32, device=device), nothing, nothing[:1], block_rows)
     tiles = torch.empty(3, bound, dtype=torch.int32, device=device)
-    counts = torch.empty(2, dtype=torch.int32, device=device)
-    scratch = torch.empty(2 * num_ids, dtype=torch.int32, device=device)
+    counts = torch.empty(4, dtype=torch.int32, device=device)
+    run_starts, run_first_tile = torch.empty(2, num_ids + 1, dtype=torch.int32, device=device)
     _tile_plan_kernel[(1,)](
         branch_ids_S,
         tiles,
         counts,
-        scratch,
+        run_starts,
+        run_first_tile,
         num_ids,
         rows_per_id,
         bound,
@@ -149,4 +151,4 @@ def plan_tiles(branch_ids_S: Tensor, rows_per_id: int, block_rows: int) -> TileP
         BLOCK=_BLOCK,
         num_warps=8,
     )
-    return TilePlan(tiles, counts, block_rows)
+    return TilePlan(tiles, counts, run_starts, block_rows)

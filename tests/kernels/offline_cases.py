@@ -52,6 +52,13 @@ def _ffn_cases(entries: dict, hidden: int, features: int) -> Iterator[Case]:
     yield "grad_x", lambda: grad_x(wide, wide, experts, ids, 128)
     for bucket, config in entries.get("grad_x_pointer", {}).items():
         yield f"grad_x_pointer {bucket}", lambda config=config: grad_x(wide, wide, experts, ids, 128, config=config)
+    for bucket, config in entries.get("grad_a_pointer", {}).items():
+        yield f"grad_a_pointer {bucket}", lambda config=config: grad_a(x, wide, wide, experts, ids, 128, config=config)
+    for bucket, config in entries.get("grad_w_pointer", {}).items():
+        yield (
+            f"grad_w_pointer {bucket}",
+            lambda config=config: grad_weight(wide, x, ids, 128, (True, True), config=config),
+        )
     yield "grad_w", lambda: grad_weight(wide, x, ids, 128, (True, True))
     yield "grad_w down", lambda: grad_weight(x, wide, ids, 128, (True, True))
     for rows in (8, 32, 64, 128):
