@@ -176,7 +176,9 @@ def route_queries(x_BTD: Tensor, mask_BT: Tensor | None, router: nn.Module) -> t
         mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
     parameters = dict(router.named_parameters())
     names = ("norm.weight", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
-    weights = RouterWeights(*(parameters[name] for name in names), parameters.get("query"))
+    norm_D, hidden_HD, hidden_bias_H, output_EH, output_bias_E = (parameters[name] for name in names)
+    query_D = parameters.get("query")
+    weights = RouterWeights(norm_D, hidden_HD, hidden_bias_H, output_EH, output_bias_E, query_D)
     x_BTD = x_BTD if x_BTD.stride(-1) == 1 else x_BTD.contiguous()
     branch_ids, probability, logits, *_ = op(
         x_BTD, mask_BT.to(device=x_BTD.device, dtype=torch.bool).contiguous(), *weights, "auto"

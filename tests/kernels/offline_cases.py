@@ -70,4 +70,18 @@ def _ffn_cases(entries: dict, hidden: int, features: int) -> Iterator[Case]:
 
 
 def _router_cases(hidden: int, router_hidden: int) -> Iterator[Case]:
-    yield from ()
+    from metis_home.kernels.reference_route import Pooled, RouterWeights
+    from metis_home.kernels.route import route_queries
+    from metis_home.kernels.route_backward import pool_backward
+
+    def wide(*shape: int) -> torch.Tensor:
+        return _empty(*shape, dtype=torch.float32)
+
+    x, mask = _empty(32, 128, hidden), _empty(32, 128, dtype=torch.bool)
+    shapes = ((hidden,), (router_hidden, hidden), (router_hidden,), (2, router_hidden), (2,))
+    pooled = Pooled(wide(32, hidden), wide(32), wide(32))
+    for query in (None, wide(hidden)):
+        weights = RouterWeights(*(wide(*shape) for shape in shapes), query)
+        pooling = "mean" if query is None else "attention"
+        yield f"route {pooling}", lambda weights=weights: route_queries(x, mask, weights)
+        yield f"route_backward {pooling}", lambda query=query: pool_backward(wide(32, hidden), x, mask, query, pooled)
