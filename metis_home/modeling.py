@@ -1,7 +1,7 @@
 """The two-branch model: the Qwen2.5-VL classes of transformers, and only what differs.
 
-A decoder layer has two FFNs; `branch_ids` says per query (or per token of packed rows) which one runs. One decision holds
-for all layers and for the whole answer, because every key and value after layer 0 depends on it.
+A decoder layer has two FFNs; `branch_ids` says per query (or per token of packed rows) which one runs. One decision
+holds for all layers and for the whole answer, because every key and value after layer 0 depends on it.
 
 Shapes: B batch, T tokens, D hidden size, E branches (2).
 """
@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D hidden size, E branches (2).
 # No `from __future__ import annotations`: transformers reads `config: MetisHomeConfig` of these classes as a type.
 import re
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
 )
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import TransformersKwargs
 
 from . import ops
 from .branch_mlp import MetisHomeMLP
@@ -36,6 +38,7 @@ from .checkpoint import register_layouts
 from .configuration import MetisHomeConfig, MetisHomeTextConfig
 from .errors import BranchError, CheckpointError
 from .generation import RoutedGenerationMixin
+from .link_bundle import is_bundle, load_bundle
 from .router import IGNORE, MetisHomeRouter, RouterDecision, decide, router_cross_entropy
 from .router_layout import router_tensors
 from .routing import check_router_labels, routable_mask, teacher_forced, total_loss
@@ -52,7 +55,7 @@ class MetisHomeDecoderLayer(Qwen2_5_VLDecoderLayer):
         self.mlp = MetisHomeMLP(config)
 
     # `branch_ids` is named, or it would travel on into the attention function.
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' TypedDict repeats position_ids
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -61,7 +64,7 @@ class MetisHomeDecoderLayer(Qwen2_5_VLDecoderLayer):
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         branch_ids: BranchIds | BranchPlan | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """As in transformers, with `branch_ids`: an int, (B,), (B, T) or the plan of this forward."""
         if branch_ids is None:
@@ -94,10 +97,14 @@ class MetisHomePreTrainedModel(Qwen2_5_VLPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers; a checkpoint without the weights of both branches and the router is refused.
 
+        Args:
+            pretrained_model_name_or_path: a hub id, a directory, or a bundle that `metis-home convert --link` made.
         Raises:
             ConfigError: the directory holds another model, for example a dense one.
             CheckpointError: branch or router weights are missing.
         """
+        if is_bundle(pretrained_model_name_or_path):
+            return load_bundle(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -106,7 +113,7 @@ class MetisHomePreTrainedModel(Qwen2_5_VLPreTrainedModel):
         if lost:
             raise CheckpointError(
                 f"{pretrained_model_name_or_path}: {len(lost)} weights of the branches or the router are missing, "
-                f"the first is {lost[0]!r}. If these are dense weights, run `metis-home convert DENSE OUT` and load OUT."
+                f"the first is {lost[0]!r}. For dense weights, run `metis-home convert DENSE OUT` and load OUT."
             )
         return (model, info) if wants_info else model
 
@@ -148,7 +155,7 @@ class MetisHomeTextModel(MetisHomePreTrainedModel, Qwen2_5_VLTextModel):
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         branch_ids: BranchIds | BranchPlan | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """As in transformers, with `branch_ids`: an int, (B,) or (B, T)."""
         if branch_ids is None:
@@ -205,7 +212,7 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         return inputs_embeds
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' TypedDict repeats position_ids
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -223,7 +230,7 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         branch_ids: BranchIds | None = None,
         router_labels: Tensor | None = None,
         router_mask: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> "MetisHomeModelOutputWithPast":
         """As in transformers, with the routing arguments of `MetisHomeForConditionalGeneration.forward`, and
 
@@ -247,9 +254,8 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         if branch_ids is None or router_labels is not None:
             if router_mask is None:
                 router_mask = routable_mask(batch, tokens, attention_mask, position_ids, kwargs)
-            decision = ops.route_queries(
-                embeds, router_mask, self.router, backend=self.config.text_config.ffn_implementation
-            )
+            backend = ops.check_backend(self.config.text_config.ffn_implementation)
+            decision = ops.route_queries(embeds, router_mask, self.router, backend=backend)
             router_logits = decision.logits
             if branch_ids is None:
                 branch_ids = teacher_forced(decision, router_labels)
@@ -316,7 +322,7 @@ class MetisHomeForConditionalGeneration(
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' TypedDict repeats position_ids
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -335,7 +341,7 @@ class MetisHomeForConditionalGeneration(
         mm_encoder_outputs: dict | None = None,
         branch_ids: BranchIds | None = None,
         router_labels: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MetisHomeCausalLMOutputWithPast:
         """As `Qwen2_5_VLForConditionalGeneration.forward`, and
 
@@ -355,6 +361,8 @@ class MetisHomeForConditionalGeneration(
         router_mask = None
         if router_labels is not None:
             hidden = input_ids if input_ids is not None else inputs_embeds
+            if hidden is None:
+                raise BranchError("router_labels need a prompt: pass input_ids or inputs_embeds; found neither")
             batch, tokens = hidden.shape[:2]
             check_router_labels(router_labels, batch)
             router_labels = router_labels.to(hidden.device)
@@ -436,7 +444,8 @@ class MetisHomeForConditionalGeneration(
             video_grid_thw,
             mm_encoder_outputs,
         )
-        mask = routable_mask(*embeds.shape[:2], attention_mask, ignored.get("position_ids"), ignored)
-        backend = self.config.text_config.ffn_implementation
+        batch, tokens = embeds.shape[:2]
+        mask = routable_mask(batch, tokens, attention_mask, ignored.get("position_ids"), ignored)
+        backend = ops.check_backend(self.config.text_config.ffn_implementation)
         decision = ops.route_queries(embeds, mask, self.model.router, backend=backend)
         return decide(decision.logits, self._router_threshold(router_threshold))
