@@ -5,6 +5,7 @@ conversation go on with the branch it began with, and refuses the other one.
 """
 
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -76,6 +77,10 @@ def stamp_cache(cache: Cache | None, branch_ids: BranchIds) -> CacheBranch | Non
     return stamp
 
 
+@overload
+def branch_for_cache(cache: Cache | None, branch_ids: BranchPlan) -> BranchPlan: ...
+@overload
+def branch_for_cache(cache: Cache | None, branch_ids: BranchIds | None) -> BranchIds | None: ...
 def branch_for_cache(cache: Cache | None, branch_ids: BranchIds | BranchPlan | None) -> BranchIds | BranchPlan | None:
     """Return the branches that a forward on `cache` must use; None means that there is nothing to continue.
 
@@ -92,7 +97,7 @@ def branch_for_cache(cache: Cache | None, branch_ids: BranchIds | BranchPlan | N
         return branch_ids
     if int(cache.get_seq_length()) == 0:  # fresh, or reset with an old stamp
         return branch_ids
-    if branch_ids is not None:
+    if stamp is not None and branch_ids is not None:
         raise CacheBranchError(
             f"this cache was filled with branch_ids {_show(stamp.branch_ids)}, now {_show(to_host(branch_ids))} is asked "
             "for. Its keys and values depend on the branch: leave branch_ids / thinking out to continue with the same "

@@ -4,6 +4,8 @@ Read by the configuration classes and by the converter, which writes `config.jso
 No imports beyond the standard library and the router layout.
 """
 
+from typing import Any
+
 from .router_layout import DEFAULT_POOLING, DEFAULT_ROUTER_HIDDEN_SIZE
 
 MODEL_TYPE = "metis_home"
@@ -13,7 +15,7 @@ BASE_ARCHITECTURE = "MetisHomeModel"
 PROCESSOR_CLASS = "MetisHomeProcessor"
 
 # On the root config, also when the source keeps its text fields flat beside them.
-ROOT_FIELDS = {
+ROOT_FIELDS: dict[str, Any] = {
     "router_hidden_size": DEFAULT_ROUTER_HIDDEN_SIZE,
     "router_pooling": DEFAULT_POOLING,
     "router_loss_weight": 1.0,  # Metis-HOME: L_prediction and L_router weigh 1:1

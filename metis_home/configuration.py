@@ -4,6 +4,7 @@
 import difflib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
@@ -118,12 +119,15 @@ class MetisHomeConfig(Qwen2_5_VLConfig):
     router_loss_weight: float | int = ROOT_FIELDS["router_loss_weight"]
     router_trained: bool = ROOT_FIELDS["router_trained"]
 
+    if TYPE_CHECKING:  # transformers turns every other annotation of this class into a field
+        text_config: MetisHomeTextConfig
+
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
         if isinstance(self.vision_config, dict) and self.vision_config.get("model_type") in ("qwen2_5_vl", MODEL_TYPE):
             self.vision_config["model_type"] = Qwen2_5_VLVisionConfig.model_type  # as old checkpoints spell it
         if isinstance(self.text_config, dict):
-            self.text_config = {**self.text_config, "model_type": TEXT_MODEL_TYPE}
+            self.text_config = {**self.text_config, "model_type": TEXT_MODEL_TYPE}  # type: ignore[assignment]
         flat_text_fields = () if self.text_config is not None else MetisHomeTextConfig.__dataclass_fields__
         _refuse_unknown_fields(self, {name: kwargs[name] for name in kwargs if name not in flat_text_fields})
         width = self.router_hidden_size

@@ -181,7 +181,8 @@ class RoutedGenerationMixin:
         cache = inputs.get("past_key_values")
 
         wanted = self._forced(request, batch)
-        kept = _rows(branch_for_cache(cache, None), batch) if cache is not None else None
+        stamped = branch_for_cache(cache, None)
+        kept = _rows(stamped, batch) if stamped is not None else None
         if kept is not None:  # a conversation goes on with the branch it began with
             ids = torch.where(wanted < 0, kept, wanted)
         elif bool((wanted < 0).any()):
@@ -298,14 +299,12 @@ def _on_host(branch_ids: Tensor | int) -> Tensor | int:
     return branch_ids.detach().cpu() if isinstance(branch_ids, Tensor) else branch_ids
 
 
-def _rows(branch_ids: Tensor | int | None, batch: int) -> Tensor | None:
+def _rows(branch_ids: Tensor | int, batch: int) -> Tensor:
     """An int or (B,) as a (B,) int64 CPU tensor.
 
     Raises:
         BranchError: a tensor of another length (a cache of another batch, say).
     """
-    if branch_ids is None:
-        return None
     if isinstance(branch_ids, int):
         return torch.full((batch,), branch_ids)
     return check_branch_ids(branch_ids, batch, None).long()  # type: ignore[union-attr]

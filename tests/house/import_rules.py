@@ -1,6 +1,6 @@
 """Which file may import what: the house's directions, read from the syntax trees.
 
-    cli -> convert, training, model          training -> model, ops          convert -> leaves (verify*: model)
+    cli -> convert, training, model          training -> model, ops          convert -> leaves (verify*, logits*: model)
     model -> ops -> kernels -> torch, triton         ops, model -> parts -> torch        leaves -> the standard library
 
 *Leaves* are the small files everybody shares (errors, names, ...). *Parts* are what `ops` and the model both speak of
@@ -18,19 +18,22 @@ from pathlib import Path
 ROOT = "metis_home"
 LINKED = ("kernels", "training", "convert")  # top-level folders that Python sees below metis_home
 LEAVES = {"errors", "branch", "names", "router_layout", "config_fields", "prompts", "responses"}
+# Leaves that the converter shares with the model: the standard library at import time, more inside functions.
+SHARED = {"link_bundle"}
 PARTS = {"router", "branch_plan"}
 
 # layer -> the layers it may import from, itself included
 ALLOWED = {
     "leaf": {"leaf"},
+    "shared": {"shared", "leaf"},
     "kernels": {"kernels", "leaf"},
     "parts": {"parts", "leaf"},
     "ops": {"ops", "kernels", "parts", "leaf"},
-    "model": {"model", "ops", "parts", "leaf"},
-    "convert": {"convert", "leaf"},
-    "verify": {"verify", "convert", "model", "parts", "leaf"},
+    "model": {"model", "ops", "parts", "shared", "leaf"},
+    "convert": {"convert", "shared", "leaf"},
+    "verify": {"verify", "convert", "model", "parts", "shared", "leaf"},
     "training": {"training", "model", "ops", "parts", "leaf"},
-    "cli": {"cli", "convert", "verify", "training", "model", "ops", "parts", "leaf"},
+    "cli": {"cli", "convert", "verify", "training", "model", "ops", "parts", "shared", "leaf"},
 }
 # `verify` is part of convert to everyone else: convert/__init__ offers it, the others may call it.
 ALLOWED["convert"].add("verify")
@@ -84,9 +87,11 @@ def layer_of(module: str) -> str | None:
     first = rest.split(".")[0]
     if first in LEAVES:
         return "leaf"
+    if first in SHARED:
+        return "shared"
     if first in PARTS:
         return "parts"
-    if first == "convert" and rest.split(".")[-1].startswith("verify"):
+    if first == "convert" and rest.split(".")[-1].startswith(("verify", "logits")):
         return "verify"
     if first in {"kernels", "training", "convert", "cli", "ops"}:
         return first
@@ -144,6 +149,8 @@ def _broken_rules(found: Import, module: str) -> Iterator[str]:
         elif layer == "convert" and target == "verify" and found.at_import_time and not _is_door(module):
             yield f"convert imports {found.module}, which may load a model, at start: move it into the function"
         return
+    if layer == "shared" and found.at_import_time and top not in sys.stdlib_module_names:
+        yield f"{module} imports the standard library only at start: move {top} into the function"
     if layer == "leaf" and top not in sys.stdlib_module_names:
         yield f"leaf files import the standard library only, not {top}"
     if layer == "parts" and top not in sys.stdlib_module_names | {"torch"}:
@@ -151,7 +158,7 @@ def _broken_rules(found: Import, module: str) -> Iterator[str]:
     if layer == "kernels" and top not in sys.stdlib_module_names | {"torch", "triton"}:
         yield f"kernels import torch, triton and the standard library only, not {top}"
     if layer == "convert" and top in TORCH:
-        yield f"convert works without {top}; only convert/verify*.py may load a model"
+        yield f"convert works without {top}; only convert/verify*.py and logits*.py may load a model"
     if layer in {"cli", "verify"} and top in TORCH and found.at_import_time:
         yield f"{layer} imports {top} at start: move it into the function, conversion starts without torch"
     if top in OPTIONAL and found.at_import_time and not (layer == "kernels" and top == "triton"):

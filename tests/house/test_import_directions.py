@@ -67,6 +67,8 @@ def test_the_judge_sees_the_whole_tree() -> None:
         ("metis_home.cli.answer", "import torch", "cli imports torch at start"),
         ("metis_home.cli.answer", "from ..kernels import reference", "cli must not import kernels"),
         ("metis_home.cli.answer", "from .. import ops", "cli imports the model"),
+        ("metis_home.link_bundle", "import safetensors", "standard library only at start"),
+        ("metis_home.link_bundle", "def f():\n    from .modeling import X", "shared must not import model"),
         ("metis_home.router", "from .ops import route_queries", "parts must not import ops"),
         ("metis_home.router", "import transformers", "torch and the standard library only"),
         (
@@ -114,6 +116,8 @@ def test_an_import_that_runs_the_wrong_way_is_reported(module: str, source: str,
             "metis_home.kernels.ffn",
             "import triton\nimport torch\nimport math\nfrom .reference import f\nfrom ..errors import X",
         ),
+        ("metis_home.convert.logits", "def f():\n    import torch\n    from ..modeling import X"),
+        ("metis_home.link_bundle", "import json\nfrom .names import to_hub_name\ndef f():\n    import safetensors"),
         ("metis_home.convert", "from .verify import verify\nfrom .plan import Plan"),
         (
             "metis_home.convert.plan",
@@ -139,7 +143,7 @@ def test_type_checkers_also_keep_the_direction() -> None:
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .training import sft"
 
     assert breaches(source, "metis_home.modeling") == [
-        "file.py:3: model must not import training (metis_home.training.sft); it may import leaf, model, ops, parts"
+        "file.py:3: model must not import training (metis_home.training.sft); it may import leaf, model, ops, parts, shared"
     ]
 
 
