@@ -96,27 +96,28 @@ def dense_twin(model: MetisHomeForConditionalGeneration, branch: Branch | int) -
 
 @dataclass(frozen=True)
 class Row:
-    """One unpadded query."""
+    """One unpadded query. `grids` are (time, height, width) in patches, of its images or of its videos."""
 
     ids: list[int]
     patches: torch.Tensor | None = None
     grids: tuple[tuple[int, int, int], ...] = ()
+    is_video: bool = False
 
     @property
     def types(self) -> list[int]:
-        return [int(token == IMAGE) for token in self.ids]
+        return [{IMAGE: 1, VIDEO: 2}.get(token, 0) for token in self.ids]
 
 
-def row(num_text: int, *grids: tuple[int, int, int], seed: int = 0) -> Row:
-    """`num_text` random tokens with one image per grid after the second of them."""
+def row(num_text: int, *grids: tuple[int, int, int], seed: int = 0, is_video: bool = False) -> Row:
+    """`num_text` random tokens with one image (or video) per grid after the second of them."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, VOCABULARY, (num_text,), generator=generator).tolist()
     images = []
     for time, height, width in grids:
-        images += [VISION_START, *[IMAGE] * (time * height * width), VISION_END]
+        images += [VISION_START, *[VIDEO if is_video else IMAGE] * (time * height * width), VISION_END]
     count = sum(time * height * width for time, height, width in grids)
     patches = torch.randn(count, PATCH_VALUES, generator=generator) if count else None
-    return Row(ids[:2] + images + ids[2:], patches, grids)
+    return Row(ids[:2] + images + ids[2:], patches, grids, is_video)
 
 
 def collate(rows: list[Row], side: str = "left") -> dict[str, torch.Tensor]:
@@ -132,10 +133,14 @@ def collate(rows: list[Row], side: str = "left") -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([padded([1] * len(item.ids)) for item in rows]),
         "mm_token_type_ids": torch.tensor([padded(item.types) for item in rows]),
     }
-    patches = [item.patches for item in rows if item.patches is not None]
-    if patches:
-        batch["pixel_values"] = torch.cat(patches)
-        batch["image_grid_thw"] = torch.tensor([grid for item in rows for grid in item.grids])
+    for is_video, patches_name, grids_name in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        chosen = [item for item in rows if item.grids and item.is_video == is_video]
+        if chosen:
+            batch[patches_name] = torch.cat([item.patches for item in chosen if item.patches is not None])
+            batch[grids_name] = torch.tensor([grid for item in chosen for grid in item.grids])
     return batch
 
 
@@ -144,6 +149,12 @@ IMAGE_ROWS = [
     row(5, seed=2),
     row(7, (1, 4, 4), (1, 2, 2), seed=3),
     row(12, (1, 2, 2), seed=4),
+]
+VIDEO_ROWS = [
+    row(9, (2, 2, 2), seed=1, is_video=True),
+    row(5, seed=2),
+    row(7, (1, 2, 2), seed=3),
+    row(6, (3, 2, 2), seed=4, is_video=True),
 ]
 TEXT_ROWS = [row(9, seed=1), row(5, seed=2), row(7, seed=3), row(12, seed=4)]
 MIX = [1, 0, 0, 1]

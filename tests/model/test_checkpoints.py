@@ -61,7 +61,9 @@ def test_mixed_layouts_in_one_checkpoint_load(model, tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     renamed = {
-        name.replace("model.layers.1.", "model.language_model.layers.1.").replace("visual.merger", "model.visual.merger"): x
+        name.replace("model.layers.1.", "model.language_model.layers.1.").replace(
+            "visual.merger", "model.visual.merger"
+        ): x
         for name, x in tensors.items()
     }
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})

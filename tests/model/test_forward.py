@@ -7,7 +7,7 @@ import torch
 
 from metis_home import Branch
 from metis_home.errors import BranchError
-from tests.model.pico import IMAGE_ROWS, MIX, TEXT_ROWS, collate, dense_twin, pico_model, row
+from tests.model.pico import IMAGE_ROWS, MIX, TEXT_ROWS, VIDEO_ROWS, collate, dense_twin, pico_model, row
 
 IGNORE = -100
 
@@ -21,7 +21,7 @@ def labelled(rows):
 
 
 @pytest.mark.parametrize("branch", list(Branch))
-@pytest.mark.parametrize("rows", [IMAGE_ROWS, TEXT_ROWS], ids=["images", "text"])
+@pytest.mark.parametrize("rows", [IMAGE_ROWS, VIDEO_ROWS, TEXT_ROWS], ids=["images", "videos", "text"])
 def test_one_branch_is_the_dense_model_bit_for_bit(model, twins, rows, branch):
     batch = collate(rows)
 
@@ -35,8 +35,9 @@ def test_one_branch_is_the_dense_model_bit_for_bit(model, twins, rows, branch):
     assert ours.router_logits is None
 
 
-def test_mixed_rows_equal_their_dense_models(model, twins):
-    batch = collate(IMAGE_ROWS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mixed_rows_equal_their_dense_models(model, twins, side):
+    batch = collate(IMAGE_ROWS, side)
 
     with torch.no_grad():
         mixed = model(**batch, branch_ids=torch.tensor(MIX)).logits
@@ -66,7 +67,9 @@ def test_packed_rows_equal_separate_dense_runs(model, twins):
         packed = model(
             input_ids=torch.cat(ids)[None], position_ids=positions, branch_ids=per_token, use_cache=False
         ).logits[0]
-        alone = [twins[b](input_ids=x[None], use_cache=False).logits[0] for x, (_, b) in zip(ids, segments, strict=True)]
+        alone = [
+            twins[b](input_ids=x[None], use_cache=False).logits[0] for x, (_, b) in zip(ids, segments, strict=True)
+        ]
 
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
     with pytest.raises(BranchError, match="packed"):
@@ -168,7 +171,7 @@ class TestGradients:
     def test_mixed_gradients_equal_those_of_the_dense_models(self, model):
         ours = self.gradients(model, None, branch_ids=torch.tensor([1, 0, 0, 1]))
         twins = [dense_twin(model, branch).train() for branch in Branch]
-        batch, labels = labelled(IMAGE_ROWS)
+        _, labels = labelled(IMAGE_ROWS)
         total = torch.zeros(())
         # the same mean over the same answer tokens, row by row through the dense models
         count = (labels[:, 1:] != IGNORE).sum()

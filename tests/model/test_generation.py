@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationConfig, TextStreamer
 
 from metis_home.errors import BranchError, CacheBranchError, UnsupportedError
 from metis_home.router import MetisHomeRouter
-from tests.model.pico import IMAGE_ROWS, MIX, TEXT_ROWS, collate, row
+from tests.model.pico import IMAGE_ROWS, MIX, TEXT_ROWS, VIDEO_ROWS, collate, row
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}
@@ -48,7 +48,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("rows", [IMAGE_ROWS, TEXT_ROWS], ids=["images", "text"])
+@pytest.mark.parametrize("rows", [IMAGE_ROWS, VIDEO_ROWS, TEXT_ROWS], ids=["images", "videos", "text"])
 @pytest.mark.parametrize("way", WAYS)
 def test_each_row_of_a_mixed_batch_equals_its_dense_model(model, twins, rows, way, router_calls):
     batch = collate(rows)
