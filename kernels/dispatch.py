@@ -72,6 +72,18 @@ def can_run(x: Tensor, experts: Sequence[nn.Module] | nn.ModuleList) -> tuple[bo
     return True, ""
 
 
+def can_route(x: Tensor, router: nn.Module) -> tuple[bool, str]:
+    """(True, "") if the router's parameters can be read without calling it, else (False, the reason)."""
+    for name, parameter in router.named_parameters():
+        if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id"):
+            return False, f"router.{name} is sharded or quantised ({type(parameter).__name__})"
+        if parameter.device != x.device:
+            return False, f"router.{name} is on {parameter.device}, the input on {x.device}"
+    if any(getattr(module, hooks) for module in router.modules() for hooks in _HOOKS):
+        return False, "the router has hooks"
+    return True, ""
+
+
 def _not_plain(expert: nn.Module) -> str:
     if set(expert._modules) != {*_LINEARS, "act_fn"} or "forward" in expert.__dict__:
         return f" is a {type(expert).__name__}, not a plain gate/up/down FFN"

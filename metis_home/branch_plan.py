@@ -27,13 +27,17 @@ class BranchPlan:
     rows: tuple[Tensor, Tensor] | None
     """Per branch the indices into the N = B * T flattened rows, int64, ascending. None where shapes must not depend on
     the mix (compiled regions, one-token decoding): the layers then compute both branches and select."""
+    runs: tuple[tuple[int, int, int], ...] | None = None
+    """(branch, first row, end) of each maximal block of consecutive rows of one branch, in row order, on the host. None
+    where `rows` is. What slices need instead of gathers."""
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "BranchPlan":
         """The same plan on another device (layers of one model may stand on several)."""
         if self.branch_ids.device == torch.device(device):
             return self
         rows = self.rows and tuple(index.to(device, non_blocking=non_blocking) for index in self.rows)
-        return BranchPlan(self.branch_ids.to(device, non_blocking=non_blocking), rows)  # type: ignore[arg-type]
+        ids = self.branch_ids.to(device, non_blocking=non_blocking)
+        return BranchPlan(ids, rows, self.runs)  # type: ignore[arg-type]
 
 
 def check_branch(branch: int) -> int:
@@ -109,4 +113,7 @@ def plan_branches(
         return int(present[0])
     flat_ids = (host_ids if host_ids.dim() == 2 else host_ids[:, None].expand(batch, tokens)).reshape(-1)
     rows = tuple((flat_ids == branch).nonzero(as_tuple=True)[0].to(device, non_blocking=True) for branch in Branch)
-    return BranchPlan(branch_ids.to(device=device, dtype=torch.long), rows)  # type: ignore[arg-type]
+    branches, lengths = torch.unique_consecutive(flat_ids, return_counts=True)
+    ends = lengths.cumsum(0).tolist()
+    runs = tuple(zip(branches.tolist(), [0, *ends[:-1]], ends, strict=True))
+    return BranchPlan(branch_ids.to(device=device, dtype=torch.long), rows, runs)  # type: ignore[arg-type]

@@ -6,9 +6,11 @@ fused path of `metis_home.kernels`. `auto` takes the fused path where it runs an
 Shapes: B batch, T tokens, N = B * T rows, D hidden size.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal, cast
 
 import torch
@@ -94,6 +96,14 @@ def branch_ffn(
     plan = branch_ids
     if not isinstance(plan, BranchPlan):
         plan = plan_branches(plan, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
+    # One branch, unless the kernels were asked for by name: the modules themselves, so bit for bit the dense model.
+    chosen = _chosen(backend)
+    kernels = None if chosen == "auto" and isinstance(plan, int) else _kernels(chosen, x_BTD.device)
+    if kernels is not None:
+        usable, reason = kernels.can_run(x_BTD, experts)
+        if usable:
+            return kernels.branch_ffn(x_BTD, experts, plan if isinstance(plan, int) else plan.to(x_BTD.device))
+        _log_fallback(f"the modules compute the FFN, not the kernels: {reason}")
     if isinstance(plan, int):
         return _one_branch(x_BTD, experts, plan)
     plan = plan.to(x_BTD.device)
@@ -151,4 +161,68 @@ def route_queries(
     Raises:
         BackendError: `triton` was asked for and cannot run here.
     """
+    kernels = _kernels(_chosen(backend), x_BTD.device)
+    if kernels is not None:
+        usable, reason = kernels.can_route(x_BTD, router)
+        if usable:
+            branch_ids_B, probability_B, logits_BE = kernels.route_queries(x_BTD, mask_BT, router)
+            return RouterDecision(branch_ids=branch_ids_B, thinking_probability=probability_B, logits=logits_BE)
+        _log_fallback(f"the module computes the routing, not the kernels: {reason}")
     return decide(router(x_BTD, mask_BT))
+
+
+def _chosen(backend: str) -> str:
+    """The backend of one call: its own, else the process-wide one."""
+    return backend if backend != "auto" else _backend
+
+
+def _kernels(chosen: str, device: torch.device) -> ModuleType | None:
+    """The entry to the kernels if this call should use them, else None.
+
+    `auto` takes them on an accelerator whose launch table rests on measurements.
+
+    Raises:
+        BackendError: `triton` was asked for and cannot run here.
+    """
+    if chosen == "torch" or (chosen == "auto" and device.type == "cpu"):
+        return None
+    dispatch = _import_kernels()
+    if isinstance(dispatch, str):
+        reason = dispatch
+    else:
+        usable, reason = dispatch.available(device)
+        if usable and (chosen == "triton" or dispatch.is_measured(device)):
+            return dispatch
+        reason = reason or "nothing was measured on this device (`python -m metis_home.kernels.tune` does that)"
+    if chosen == "triton":
+        raise BackendError(f"backend 'triton' cannot run here: {reason}. Choose 'torch' or 'auto'.")
+    _log_fallback(f"backend 'auto' uses torch: {reason}")
+    return None
+
+
+_dispatch: ModuleType | str | None = None
+
+
+def _import_kernels() -> ModuleType | str:
+    """`metis_home.kernels.dispatch`, or why it cannot be imported.
+
+    By name and not `from .kernels ...`: this file is also exported as remote code, into a folder without kernels.
+    """
+    global _dispatch
+    if _dispatch is None:
+        try:
+            _dispatch = importlib.import_module("metis_home.kernels.dispatch")
+        except ImportError as error:
+            _dispatch = f"the kernels cannot be imported ({error})"
+    return _dispatch
+
+
+_logged: set[str] = set()
+
+
+def _log_fallback(message: str) -> None:
+    # Once per reason and process; never while compiling, where a log call would break the graph.
+    if torch.compiler.is_compiling() or message in _logged:
+        return
+    _logged.add(message)
+    logger.warning(message)
