@@ -168,7 +168,9 @@ def two_branch_generation(dense: dict[str, Json] | None, config: dict[str, Json]
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         dense = {name: text.get(name, config.get(name)) for name in names}
         dense = {name: value for name, value in dense.items() if value is not None}
-    return {**dense, **GENERATION_FIELDS}
+    # The mark makes transformers read the known fields only, and the threshold would be lost.
+    carried = {name: value for name, value in dense.items() if name != "_from_model_config"}
+    return {**carried, **GENERATION_FIELDS}
 
 
 def dense_generation(two_branch: dict[str, Json]) -> dict[str, Json]:

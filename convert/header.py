@@ -8,7 +8,7 @@ Offsets count from the start of the data, in bytes. A file is accepted only if t
 byte to the last, without hole or overlap; then a byte range is a tensor and nothing else.
 
 Stricter than the safetensors library, with which it otherwise agrees (tests/convert/test_header_differential.py):
-repeated names, unknown fields beside the three, and headers above 16 MiB are refused.
+repeated names, unknown fields beside the three, sizes from 2**63 and headers above 16 MiB are refused.
 Source: https://huggingface.co/docs/safetensors, section Format.
 """
 

@@ -228,7 +228,9 @@ def _plan(
     )
     tensors = [
         (name, _cast(name, content, cast))
-        for name, content in _two_branch_tensors(thinking, non_thinking, options, bool(differences))
+        for name, content in _two_branch_tensors(
+            thinking, non_thinking, options, {difference.name for difference in differences}
+        )
     ]
     fresh = router_tensors(thinking.shape.hidden_size, options.router_hidden_size, options.router_pooling)
     tensors += [(ROUTER_PREFIX + name, Fresh(name=name, init=init, seed=options.seed)) for name, init in fresh.items()]
@@ -249,15 +251,15 @@ def _plan(
 
 
 def _two_branch_tensors(
-    thinking: DenseSource, non_thinking: DenseSource, options: Options, differ: bool
+    thinking: DenseSource, non_thinking: DenseSource, options: Options, differing: set[str]
 ) -> Iterator[tuple[str, Content]]:
     for name, content in thinking.tensors.items():
         if is_dense_ffn(name):
             yield to_branch_name(name, Branch.NON_THINKING), non_thinking.tensors[name]
             yield to_branch_name(name, Branch.THINKING), content
-        elif differ and options.shared_from == "average":
+        elif name in differing and options.shared_from == "average":
             yield name, Average(content, non_thinking.tensors[name])
-        elif differ and options.shared_from == "non-thinking":
+        elif name in differing and options.shared_from == "non-thinking":
             yield name, non_thinking.tensors[name]
         else:
             yield name, content

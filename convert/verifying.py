@@ -7,7 +7,6 @@ from pathlib import Path
 from ..branch import Branch
 from ..errors import CheckpointError, VerificationError
 from ..link_bundle import is_bundle
-from ..names import is_dense_ffn
 from .checkpoint import StoredTensor
 from .contents import Average, Cast, Content
 from .dense import DenseSource
@@ -147,9 +146,10 @@ def _compare(
 ) -> tuple[int, int]:
     """Compare a branch with its source; returns (tensors compared, tensors of the other source)."""
     source, options = sources[branch], _options(model)
-    differ = model.manifest is not None and bool(model.manifest.shared_mismatch)
-    averaged = differ and options.shared_from == "average" and len(sources) == len(Branch)
-    foreign = set(source.shared_names()) if differ and not averaged and options.shared_from != branch.label else set()
+    recorded = model.manifest.shared_mismatch if model.manifest is not None else []
+    differing = {str(difference["name"]) for difference in recorded}
+    averaged = differing if options.shared_from == "average" and len(sources) == len(Branch) else set()
+    foreign = differing - averaged if options.shared_from != branch.label else set()
     total, done, compared = sum(content.size for content in source.tensors.values()), 0, 0
     for name, content in source.tensors.items():
         done += content.size
@@ -157,7 +157,7 @@ def _compare(
         if name in foreign:
             continue
         expected = content
-        if averaged and not is_dense_ffn(name):
+        if name in averaged:
             expected = Average(sources[Branch.THINKING].tensors[name], sources[Branch.NON_THINKING].tensors[name])
         if options.dtype != "keep" and expected.dtype != DTYPE_NAMES[options.dtype]:
             expected = Cast(name=name, inner=expected, dtype=DTYPE_NAMES[options.dtype])
