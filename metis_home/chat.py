@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from .branch import Branch
 from .errors import BranchError, ProcessorError
-from .media import Message, process_vision_info
+from .media import Message, collect_vision
 from .prompts import MAX_NEW_TOKENS
 from .responses import ParsedResponse
 
@@ -122,8 +122,11 @@ def prepare(
         ProcessorError: the messages or their media cannot be used.
     """
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=enable_thinking)
-    images, videos = process_vision_info(messages, allow_remote=processor.allow_remote_media)
-    return prompt, processor(text=[prompt], images=images, videos=videos, return_tensors="pt")
+    media = collect_vision(messages, allow_remote=processor.allow_remote_media)
+    inputs = processor(
+        text=[prompt], images=media.images, videos=media.videos, return_tensors="pt", **media.video_options
+    )
+    return prompt, inputs
 
 
 def _end_ids(model: "MetisHomeForConditionalGeneration", generate_kwargs: dict[str, object]) -> set[int]:

@@ -41,6 +41,8 @@ class VisionInputs(NamedTuple):
 
     images: list[Image.Image] | None
     videos: list[object] | None
+    video_options: dict[str, object]
+    """For the processor, beside `videos`: which frames they are, so that their times come out right."""
 
 
 def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Image:
@@ -77,41 +79,70 @@ def load_message_images(messages: list[Message], *, allow_remote: bool = False) 
     ]
 
 
-def process_vision_info(messages: list[Message] | list[list[Message]], *, allow_remote: bool = False) -> VisionInputs:
+def process_vision_info(
+    messages: list[Message] | list[list[Message]], *, allow_remote: bool = False
+) -> tuple[list[Image.Image] | None, list[object] | None]:
+    """The images and videos of `collect_vision`, under the name and in the shape that Qwen's examples use."""
+    found = collect_vision(messages, allow_remote=allow_remote)
+    return found.images, found.videos
+
+
+def collect_vision(messages: list[Message] | list[list[Message]], *, allow_remote: bool = False) -> VisionInputs:
     """Collect the images and videos of a conversation, or of a batch of conversations, in order.
 
-    With `qwen_vl_utils` installed its function of this name does the work, after the checks above: it also honours
+    With `qwen_vl_utils` installed its `process_vision_info` does the work, after the checks above: it also honours
     `resized_height`, `min_pixels` and the like of single blocks and reads videos. Without it, images are returned as
     they are for the processor to resize, and videos are refused.
+
+    Raises:
+        ProcessorError: an image or video cannot be used, or a block has none.
     """
     conversations = messages if messages and isinstance(messages[0], list) else [messages]
     flat: list[Message] = [message for conversation in conversations for message in conversation]  # type: ignore[misc]
     opened = load_message_images(flat, allow_remote=allow_remote)
-    blocks = [block for message in opened for block in _blocks(message)]
-    videos = [block for block in blocks if _is_video(block)]
-    images = [block["image"] for block in blocks if _is_image(block) and "image" in block]
-    if not images and not videos:
-        return VisionInputs(None, None)
-    for block in videos:
-        check_video_source(next((block[key] for key in _VIDEO_KEYS if key in block), None), allow_remote=allow_remote)
+    images, num_videos = [], 0
+    for block in (block for message in opened for block in _blocks(message)):
+        if _is_video(block):
+            source = next((block[key] for key in _VIDEO_KEYS if block.get(key) is not None), None)
+            check_video_source(source, allow_remote=allow_remote)
+            num_videos += 1
+        elif _is_image(block):
+            if "image" not in block:
+                raise ProcessorError('an image block has no image. Expected {"type": "image", "image": "photo.png"}.')
+            images.append(block["image"])
+    if not images and not num_videos:
+        return VisionInputs(None, None, {})
     helper = _qwen_vl_utils()
-    if helper is not None:
-        found_images, found_videos = helper.process_vision_info(opened)[:2]
-        return VisionInputs(found_images, found_videos)
-    if videos:
-        raise ProcessorError(
-            "a message holds a video, and videos are read by qwen-vl-utils and torchvision, which cannot be imported "
-            "here. Install them with `pip install 'metis_home[vision]'`, or pass frames as images."
+    if helper is None:
+        if num_videos:
+            raise ProcessorError(
+                "a message holds a video, and videos are read by qwen-vl-utils and torchvision, which cannot be "
+                "imported here. Install them with `pip install 'metis_home[vision]'`, or pass frames as images."
+            )
+        return VisionInputs(images, None, {})  # type: ignore[arg-type]
+    if not num_videos:
+        return VisionInputs(helper.process_vision_info(opened)[0], None, {})
+    try:
+        resized, videos, options = helper.process_vision_info(
+            opened, return_video_kwargs=True, return_video_metadata=True
         )
-    return VisionInputs(images, None)  # type: ignore[arg-type]
+    except Exception as error:  # its readers (torchvision, decord, torchcodec) fail in as many ways as there are
+        raise ProcessorError(
+            f"a video cannot be read by qwen_vl_utils ({type(error).__name__}: {error}). "
+            "Is the file whole? Newer torchvision (0.28) reads no videos itself: `pip install torchcodec`, or decord."
+        ) from error
+    options["video_metadata"] = [metadata for _, metadata in videos]
+    return VisionInputs(resized, [frames for frames, _ in videos], options)
 
 
 def check_video_source(source: object, *, allow_remote: bool = False) -> None:
     """Refuse videos from the network or from `file:` addresses; frames, arrays and paths pass.
 
     Raises:
-        ProcessorError: `source` is an address that is not allowed.
+        ProcessorError: there is no source, or it is an address that is not allowed.
     """
+    if source is None:
+        raise ProcessorError('a video block has no video. Expected {"type": "video", "video": "film.mp4"}.')
     if isinstance(source, str) and "://" in source and not (allow_remote and _is_remote(source)):
         raise ProcessorError(_refusal("video", source))
 

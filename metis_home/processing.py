@@ -54,6 +54,10 @@ class MetisHomeProcessor(Qwen2_5_VLProcessor):
 
         def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
             template = self._prepare(tokenizer, chat_template)
+            if video_processor is None:  # so that what works without torchvision also works with it
+                from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+                video_processor = Qwen2VLVideoProcessor()
             ProcessorMixin.__init__(self, image_processor, tokenizer, video_processor, chat_template=template)
 
     else:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import sys
 
 import pytest
 
@@ -55,6 +56,7 @@ def test_missing_old_and_broken_packages_are_told_apart(declared, monkeypatch, t
     (tmp_path / "torchvision-1.0.dist-info").mkdir()
     (tmp_path / "torchvision-1.0.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     declared("typer>=99", "no-such-thing>=1", "rich", 'torchvision; extra == "vision"')
 
     assert statuses() == {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metis_home.errors import ProcessorError
-from metis_home.media import MAX_IMAGE_PIXELS, load_image, load_message_images, process_vision_info
+from metis_home.media import MAX_IMAGE_PIXELS, collect_vision, load_image, load_message_images, process_vision_info
 
 RED = Image.new("RGB", (8, 6), "red")
 
@@ -186,8 +186,8 @@ def test_every_spelling_of_an_image_block_is_opened(tmp_path) -> None:
 
     assert [block["type"] for block in content] == ["image"] * 7 + ["text"]
     assert all(block["image"].getpixel((0, 0)) == (255, 0, 0) for block in content[:7])
-    assert len(process_vision_info(messages).images) == 7
-    assert len(process_vision_info([messages, messages]).images) == 14
+    assert len(process_vision_info(messages)[0]) == 7
+    assert len(process_vision_info([messages, messages])[0]) == 14
 
 
 def test_text_placeholders_and_other_keys_are_kept() -> None:
@@ -231,22 +231,55 @@ def without_qwen_vl_utils(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "qwen_vl_utils", None)
 
 
-def test_qwen_vl_utils_does_the_work_where_it_is_installed_and_gets_opened_images(monkeypatch, tmp_path) -> None:
-    RED.save(tmp_path / "red.png")
-    received = []
+class StandIn(types.ModuleType):
+    """What we use of qwen_vl_utils, which needs a torchvision that no CPU machine of ours has."""
 
-    def stand_in(messages):
-        received.extend(messages)
-        return ["its images"], ["its videos"]
+    def __init__(self) -> None:
+        super().__init__("qwen_vl_utils")
+        self.received: list[dict] = []
 
-    module = types.ModuleType("qwen_vl_utils")
-    module.process_vision_info = stand_in
+    def process_vision_info(self, messages, return_video_kwargs=False, return_video_metadata=False):
+        self.received.extend(messages)
+        blocks = [block for message in messages for block in message["content"]]
+        if any(block.get("video") == "broken.mp4" for block in blocks):
+            raise OSError("moov atom not found")
+        videos = [("frames", {"fps": 2}) for block in blocks if "video" in block] or None
+        answer = (["its images"], videos)
+        return (*answer, {"do_sample_frames": False}) if return_video_kwargs else answer
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> StandIn:
+    module = StandIn()
     monkeypatch.setitem(sys.modules, "qwen_vl_utils", module)
+    return module
+
+
+def test_qwen_vl_utils_does_the_work_where_it_is_installed_and_gets_opened_images(stand_in, tmp_path) -> None:
+    RED.save(tmp_path / "red.png")
 
     found = process_vision_info([{"role": "user", "content": [{"type": "image", "image": str(tmp_path / "red.png")}]}])
 
-    assert found == (["its images"], ["its videos"])
-    assert received[0]["content"][0]["image"].size == (8, 6)  # checked and opened by us: it sees no address
+    assert found == (["its images"], None)
+    assert stand_in.received[0]["content"][0]["image"].size == (8, 6)  # checked and opened by us: it sees no address
+
+
+def test_a_video_comes_with_the_times_of_its_frames(stand_in) -> None:
+    found = collect_vision([{"role": "user", "content": [{"type": "video", "video": "film.mp4"}]}])
+
+    assert found.videos == ["frames"]
+    assert found.video_options == {"do_sample_frames": False, "video_metadata": [{"fps": 2}]}
+
+
+def test_a_video_that_cannot_be_read_is_refused(stand_in) -> None:
+    with pytest.raises(ProcessorError, match="moov atom not found"):
+        collect_vision([{"role": "user", "content": [{"type": "video", "video": "broken.mp4"}]}])
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_block_without_its_medium_is_refused(kind: str) -> None:
+    with pytest.raises(ProcessorError, match=f"block has no {kind}"):
+        collect_vision([{"role": "user", "content": [{"type": kind}]}])
 
 
 def test_a_broken_qwen_vl_utils_is_reported_and_images_still_work(monkeypatch, tmp_path, caplog) -> None:

@@ -296,6 +296,21 @@ def test_a_video_without_torchvision_is_refused_clearly(processor) -> None:
         processor(text="<|video_pad|>", videos=["film.mp4"])
 
 
+@pytest.mark.skipif(not is_torchvision_available(), reason="videos need torchvision")
+def test_a_video_with_torchvision_becomes_patches_and_as_many_tokens(processor, tmp_path) -> None:
+    frames = torch.randint(0, 255, (8, 3, 56, 56), dtype=torch.uint8)
+    messages = [{"role": "user", "content": [{"type": "video", "video": frames}]}]
+    options = {**INPUTS, "processor_kwargs": {"do_sample_frames": False}}
+
+    inputs = processor.apply_chat_template(messages, **options)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path).apply_chat_template(messages, **options)
+
+    assert inputs["video_grid_thw"][0, 0] == 4  # two frames are one step in time
+    assert (inputs["input_ids"] == processor.video_token_id).sum() == inputs["video_grid_thw"].prod() // 4
+    assert torch.equal(inputs["pixel_values_videos"], again["pixel_values_videos"])
+
+
 def test_a_tokenizer_that_is_not_qwens_is_refused() -> None:
     plain = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
 
