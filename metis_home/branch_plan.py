@@ -115,5 +115,5 @@ def plan_branches(
     rows = tuple((flat_ids == branch).nonzero(as_tuple=True)[0].to(device, non_blocking=True) for branch in Branch)
     branches, lengths = torch.unique_consecutive(flat_ids, return_counts=True)
     ends = lengths.cumsum(0).tolist()
-    runs = tuple(zip(branches.tolist(), [0, *ends[:-1]], ends, strict=True))
+    runs = tuple(zip(branches.tolist(), [0, *ends], ends, strict=False))
     return BranchPlan(branch_ids.to(device=device, dtype=torch.long), rows, runs)  # type: ignore[arg-type]
