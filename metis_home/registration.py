@@ -21,7 +21,8 @@ _WATCHED = (
     "transformers.modeling_utils",
     "transformers.generation.utils",
     "transformers.processing_utils",
-    *(f"{__package__}.{name}" for name in ("configuration", "modeling", "processing")),
+    *(f"{__package__}.{name}" for name in ("configuration", "modeling", "processing", "branch_mlp", "generation")),
+    *(f"{__package__}.{name}" for name in ("cache_branch", "checkpoint", "export")),
 )
 
 
