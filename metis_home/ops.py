@@ -173,7 +173,7 @@ def route_queries(
 
 def _chosen(backend: str) -> str:
     """The backend of one call: its own, else the process-wide one."""
-    return backend if backend != "auto" else _backend
+    return check_backend(backend) if backend != "auto" else _backend
 
 
 def _kernels(chosen: str, device: torch.device) -> ModuleType | None:
