@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, TextStreamer
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextStreamer
 
 from metis_home.errors import BranchError, CacheBranchError, UnsupportedError
 from metis_home.router import MetisHomeRouter
@@ -365,9 +365,11 @@ class TestContinuousBatching:
     @pytest.mark.parametrize("branch", [0, 1])
     def test_it_answers_like_the_dense_model_of_the_forced_branch(self, model, twins, branch):
         config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # else it fills the machine's memory
+        options = {"continuous_batching_config": small, "progress_bar": False, "warmup": False}
 
-        ours = copy.deepcopy(model).generate_batch(self.PROMPTS, config, thinking=bool(branch), progress_bar=False)
-        dense = copy.deepcopy(twins[branch]).generate_batch(self.PROMPTS, config, progress_bar=False)
+        ours = copy.deepcopy(model).generate_batch(self.PROMPTS, config, thinking=bool(branch), **options)
+        dense = copy.deepcopy(twins[branch]).generate_batch(self.PROMPTS, config, **options)
 
         tokens = [[list(result.generated_tokens) for result in results.values()] for results in (ours, dense)]
         assert tokens[0] == tokens[1]
