@@ -10,6 +10,8 @@ from ..config_fields import (
     ROOT_FIELDS,
     TEXT_FIELDS,
     TEXT_MODEL_TYPE,
+    guard_text_fields,
+    unguard_text_fields,
 )
 from .schema import DENSE_ARCHITECTURE, DENSE_MODEL_TYPE
 from .strict_json import Json
@@ -127,9 +129,9 @@ def two_branch_config(
         text = _carry(text, _TEXT, "text_config.", dropped)
         text |= {"model_type": TEXT_MODEL_TYPE, **TEXT_FIELDS}
         text.pop("architectures", None)
-        root["text_config"] = text
+        root["text_config"] = guard_text_fields(text)
     else:
-        root |= TEXT_FIELDS
+        root = guard_text_fields({**root, **TEXT_FIELDS})
     if isinstance(vision, dict):
         vision = _carry(vision, _VISION, "vision_config.", dropped)
         vision["model_type"] = _VISION_MODEL_TYPE  # old checkpoints say qwen2_5_vl
@@ -146,10 +148,11 @@ def two_branch_config(
 
 def dense_config(two_branch: dict[str, Json]) -> dict[str, Json]:
     """Return the `config.json` of one branch as a stock model."""
-    root = {name: value for name, value in two_branch.items() if name not in _TWO_BRANCH_ONLY and name != "auto_map"}
+    root = unguard_text_fields(two_branch)
+    root = {name: value for name, value in root.items() if name not in _TWO_BRANCH_ONLY and name != "auto_map"}
     text = root.get("text_config")
     if isinstance(text, dict):
-        text = {name: value for name, value in text.items() if name not in _TWO_BRANCH_ONLY}
+        text = {name: value for name, value in unguard_text_fields(text).items() if name not in _TWO_BRANCH_ONLY}
         root["text_config"] = {**text, "model_type": _DENSE_TEXT_MODEL_TYPE}
     return {**root, "model_type": DENSE_MODEL_TYPE, "architectures": [DENSE_ARCHITECTURE]}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError
 from ..router_layout import TensorInit
-from .floats import FLOAT_BYTES, from_float32, to_float32
+from .floats import FLOAT_BYTES, from_float32, narrow_table, to_float32
 from .header import tensor_bytes
 from .strict_json import Json
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FP16_LARGEST = 65504.0
+_FP16_INFINITY = 0x7C00
 
 
 class Content(Protocol):
@@ -63,16 +64,25 @@ class Cast:
         """Raises CheckpointError where a finite number becomes infinite (fp16 ends at 65504)."""
         import numpy as np
 
+        source = self.inner.dtype
+        both_narrow = FLOAT_BYTES[source] == FLOAT_BYTES[self.dtype] == 2
         for chunk in self.inner.chunks():
-            values = to_float32(chunk, self.inner.dtype)
-            if self.dtype == "F16" and self.inner.dtype != "F16":
-                magnitude = np.abs(values)
-                if ((magnitude > FP16_LARGEST) & np.isfinite(values)).any():
-                    largest = magnitude[np.isfinite(magnitude)].max()
-                    raise CheckpointError(
-                        f"{self.name!r} holds {largest:g}; fp16 ends at {FP16_LARGEST:g}. Use --dtype bf16 or fp32."
-                    )
-            yield from_float32(values, self.dtype).data.cast("B")
+            if both_narrow:
+                cast: np.ndarray = narrow_table(source, self.dtype)[np.frombuffer(chunk, np.uint16)]
+            else:
+                cast = from_float32(to_float32(chunk, source), self.dtype)
+            if self.dtype == "F16" and (cast.view(np.uint16) & 0x7FFF == _FP16_INFINITY).any():
+                self._check_range(to_float32(chunk, source))
+            yield cast.data.cast("B")
+
+    def _check_range(self, values: "NDArray[np.float32]") -> None:
+        import numpy as np
+
+        largest = np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max()
+        if largest > FP16_LARGEST:
+            raise CheckpointError(
+                f"{self.name!r} holds {largest:g}; fp16 ends at {FP16_LARGEST:g}. Use --dtype bf16 or fp32."
+            )
 
     def identity(self) -> list[Json]:
         return ["cast", self.dtype, self.inner.identity()]

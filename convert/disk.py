@@ -65,6 +65,10 @@ class Disk:
             self.after("write", str(path), count)
             view, offset = view[count:], offset + count
 
+    def start_writeback(self, fd: int, offset: int, size: int) -> None:
+        """Let the kernel begin to write this range to the disk; a later `sync` then waits less."""
+        syscalls.start_writeback(fd, offset, size)
+
     def copy(self, source: int, source_offset: int, fd: int, path: Path, offset: int, size: int) -> int:
         """Copy at most `size` bytes between open files inside the kernel where it can; returns how many.
 
@@ -82,7 +86,7 @@ class Disk:
                     raise
                 self._copy_methods.pop(0)  # this pair of file systems cannot; the next method is slower
         if count:
-            syscalls.start_writeback(fd, offset, count)
+            self.start_writeback(fd, offset, count)
         self.after("copy", str(path), count)
         return count
 

@@ -1,5 +1,6 @@
 """Numbers between bf16, fp16 and fp32, in numpy and without torch. Rounds to nearest, ties to even, as torch does."""
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,15 @@ def to_float32(data: bytes | memoryview, dtype: str) -> "NDArray[np.float32]":
     bits = np.frombuffer(data, np.uint16).astype(np.uint32)
     bits <<= 16
     return bits.view(np.float32)
+
+
+@cache
+def narrow_table(source: str, dtype: str) -> "NDArray[np.uint16]":
+    """The bits in `dtype` of each of the 65,536 numbers of the 16-bit type `source`: 128 KiB, a look-up per number."""
+    import numpy as np
+
+    every = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
+    return from_float32(to_float32(every.tobytes(), source), dtype).view(np.uint16)
 
 
 def from_float32(values: "NDArray[np.float32]", dtype: str) -> "NDArray[np.generic]":

@@ -18,6 +18,8 @@ from .files import OpenFile
 from .journal import Digest, Journal
 from .plan import PlannedFile, PlannedShard
 
+_WRITEBACK_STEP = 8 * 2**20  # bytes
+
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all)."""
 
@@ -133,11 +135,14 @@ def _fill(shard: PlannedShard, fd: int, path: Path, disk: Disk, progress: Progre
             touched[first.file.fd] = first.file
             _copy(first.file, first.offset, fd, path, offset, size, disk, advance)
             continue
-        position = run.offset
+        position = started = run.offset
         for chunk in run.content.chunks():
             disk.write(fd, path, chunk, position)
             position += len(chunk)
             advance(len(chunk))
+            if position - started >= _WRITEBACK_STEP:
+                disk.start_writeback(fd, started, position - started)
+                started = position
         if position != run.offset + run.content.size:
             raise CheckpointError(f"{run.name!r} came out {position - run.offset} bytes long, not {run.content.size}.")
     for file in touched.values():
