@@ -34,6 +34,16 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\0IDAT"
 
 
+def png_with_a_broken_chunk() -> bytes:
+    """A PNG whose pixels end in a chunk without a proper name, for which Pillow raises SyntaxError."""
+    whole = encoded(Image.effect_noise((64, 64), 90))
+    pixels = whole.index(b"IDAT") + 4
+    length = struct.unpack(">I", whole[pixels - 8 : pixels - 4])[0]
+    half = whole[pixels : pixels + length // 2]
+    start = whole[: pixels - 8] + struct.pack(">I", len(half)) + b"IDAT" + half
+    return start + struct.pack(">I", zlib.crc32(b"IDAT" + half)) + struct.pack(">I", 4) + b"\x00\x01\x02\x03" + bytes(8)
+
+
 # ---- what is read ---------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +148,7 @@ def test_a_warning_about_bombs_that_is_an_error_is_refused_as_well() -> None:
         (encoded(RED, "BMP"), "not a readable PNG, JPEG, WEBP, GIF"),
         (encoded(RED, "TIFF"), "not a readable PNG, JPEG, WEBP, GIF"),
         (encoded()[:45], "broken image|not a readable"),
+        (png_with_a_broken_chunk(), "broken PNG file"),
         (12, "an image is a int"),
     ],
 )

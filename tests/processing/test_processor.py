@@ -179,6 +179,20 @@ def test_arrays_are_accepted_as_images(processor) -> None:
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 4]]
 
 
+def test_images_of_a_direct_call_are_opened_and_checked_as_well(processor, tmp_path) -> None:
+    RED.save(tmp_path / "red.png")
+    clear = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    white = processor(images=[Image.new("RGB", (56, 56), "white")], text="<|image_pad|>", return_tensors="pt")
+
+    from_path = processor(images=str(tmp_path / "red.png"), text="<|image_pad|>", return_tensors="pt")
+    nested = processor(images=[[clear]], text=["<|image_pad|>"], return_tensors="pt")
+
+    assert from_path["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert torch.equal(nested["pixel_values"], white["pixel_values"])
+    with pytest.raises(ProcessorError, match="not fetched from the network by default"):
+        processor(images=["http://localhost/red.png"], text="<|image_pad|>")
+
+
 @pytest.mark.parametrize(("enable", "prefix"), [(None, ""), (True, "<think>"), (False, "<think></think>")])
 def test_enable_thinking_reaches_text_and_tokens(processor, enable, prefix) -> None:
     text = processor.apply_chat_template(IMAGE, enable_thinking=enable, add_generation_prompt=True)
@@ -186,6 +200,14 @@ def test_enable_thinking_reaches_text_and_tokens(processor, enable, prefix) -> N
 
     assert text.endswith("<|im_start|>assistant\n" + prefix)
     assert processor.tokenizer.decode(ids).endswith("<|im_start|>assistant\n" + prefix)
+
+
+def test_the_tokenizer_alone_obeys_the_switch_too(processor) -> None:
+    text = processor.tokenizer.apply_chat_template(
+        TEXT, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+
+    assert text.endswith("<|im_start|>assistant\n<think></think>")
 
 
 def test_a_template_passed_by_the_caller_gets_the_switch_too(processor, caplog) -> None:

@@ -40,6 +40,12 @@ FORMS = {
     ),
     "opening tag mentioned": ("<think>the tag <think> opens</think><answer>c</answer>", "the tag <think> opens", "c"),
     "closing tag mentioned": ("<think>the </think> ends it</think><answer>c</answer>", "the </think> ends it", "c"),
+    "opening tag mentioned, closing tag in the answer": (
+        "<think>a <think> tag</think><answer>its end is </think></answer>",
+        "a <think> tag",
+        "its end is </think>",
+    ),
+    "closing tag mentioned after the thought": ("<think>r</think>write </think> last", "r", "write </think> last"),
     "answer drafted in the thought": (
         "<think>maybe <answer>d</answer>?</think><answer>c</answer>",
         "maybe <answer>d</answer>?",
@@ -138,6 +144,7 @@ DECLARATIVE_EXCEPTIONS = {
     "nested thought",
     "format quoted in the thought",
     "opening tag mentioned",
+    "opening tag mentioned, closing tag in the answer",
     "closing tag mentioned",
     "tags mentioned in the answer",
     "answer tag mentioned in the answer",
