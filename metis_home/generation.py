@@ -166,7 +166,7 @@ class RoutedGenerationMixin:
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, is_encoder_decoder: bool = False, **kwargs):
         # The one place, on all supported versions, that `generate` passes exactly once, with the whole prompt, the
-        # caller's cache and (transformers >= 5.20) the visual features, and before anything is copied for beams.
+        # caller's cache and (transformers >= 5.18) the visual features, and before anything is copied for beams.
         request = kwargs.pop(_REQUEST, None)
         if request is not None:
             kwargs["branch_ids"] = self._decide(request, kwargs)
