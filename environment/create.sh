@@ -37,7 +37,7 @@ install_torch() {
   fi
   say "installing $pin ${index[*]+(CPU build from $torch_cpu_index)}"
   "$environment/bin/python" -m pip install -q "${index[@]+"${index[@]}"}" "$pin"
-  if ! has_nvidia_gpu && [ "$("$environment/bin/python" -c 'import torch; print(torch.version.cuda or "")')" != "" ]; then
+  if ! has_nvidia_gpu && [ "$("$environment/bin/python" -W ignore -c 'import torch; print(torch.version.cuda or "")')" != "" ]; then
     say "note: this is a CUDA build of torch on a machine without an NVIDIA GPU; it works, it is only large"
   fi
 }
