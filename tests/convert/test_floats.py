@@ -63,7 +63,7 @@ def test_a_cast_conversion_equals_torch(source: str, option: str, dtype: str, tm
 
 def test_a_number_beyond_fp16_is_refused(tmp_path: Path) -> None:
     content = tensors()
-    dtype, shape, data = content["model.norm.weight"]
+    dtype, shape, _ = content["model.norm.weight"]
     content["model.norm.weight"] = (dtype, shape, np.full(8, 70000.0, np.float32).tobytes())
     dense = write_dense(tmp_path / "d", content)
 
