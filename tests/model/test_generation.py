@@ -237,7 +237,7 @@ class TestRouting:
         model.generate(**collate(TEXT_ROWS), max_new_tokens=1)
         model.generate(**collate(TEXT_ROWS), max_new_tokens=1)
         assert caplog.text.count("router has not been trained") == 1
-        assert "metis-home train" in caplog.text
+        assert "router_labels" in caplog.text
 
 
 class TestReusedCaches:

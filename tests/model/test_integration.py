@@ -157,3 +157,26 @@ class TestExport:
         with pytest.raises(UnsupportedError, match="merge_and_unload"):
             export_with_code(wrapped, tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+def test_the_router_loop_of_the_docs_learns_and_survives_saving(tmp_path):
+    """docs/model.md, "Training forward"."""
+    from metis_home.router import router_cross_entropy
+
+    model = pico_model()
+    batch, router_labels = collate(TEXT_ROWS), torch.tensor(MIX)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    model.requires_grad_(False)
+    model.model.router.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.model.router.parameters(), lr=1e-2)
+    for _ in range(60):
+        router_cross_entropy(model.route(**batch).logits, router_labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+
+    assert type(model).from_pretrained(tmp_path).route(**batch).branch_ids.tolist() == MIX
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(".router." in name for name in changed)
