@@ -7,6 +7,7 @@
 VENV ?= .venv
 WORKERS ?= 2
 OUT ?= out
+FUZZ_SECONDS ?= 60
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.metis-home-ready
@@ -31,7 +32,7 @@ $(READY): pyproject.toml environment/constraints.txt environment/create.sh
 demo: $(READY)  ## the main job on real weights: convert, load, route, answer (CPU, minutes)
 	@HF_HUB_OFFLINE=1 $(PY) examples/demo.py
 
-# The kernel tests are a process of their own: Triton reads TRITON_INTERPRET once, when it is first imported.
+# The kernel tests are a process of their own: Triton reads TRITON_INTERPRET when a kernel is defined.
 test: lint types test-kernels  ## everything CI checks: lint, types, all tests
 	$(PYTEST) -n $(WORKERS) --dist loadfile --ignore=tests/kernels tests
 
@@ -66,13 +67,14 @@ gpu-check: $(READY)  ## kernels on this machine's GPU: correctness, then speed; 
 	$(PY) benchmarks/gpu_check.py --out $(OUT)
 
 bench-overhead: $(READY)  ## the two-branch model against the dense model it came from
-	$(PY) benchmarks/overhead.py
+	$(PY) benchmarks/overhead.py --json benchmarks/results/overhead.json
 
 bench-convert: $(READY)  ## conversion against cp
-	$(PY) benchmarks/convert.py
+	$(PY) benchmarks/convert.py --json benchmarks/results/convert.json
 
-fuzz: $(READY)  ## the safetensors header reader against mutated files, for a bounded time
-	$(PY) tests/convert/fuzz_headers.py
+fuzz: $(READY)  ## the safetensors header reader against mutated files, FUZZ_SECONDS=60
+	$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q atheris
+	tests/fuzz/run.sh $(FUZZ_SECONDS) $(PY)
 
 test-vllm: $(READY)  ## split branches in a real vLLM engine (installs it once, 3.5 GB)
 	$(PYTEST) -m vllm tests

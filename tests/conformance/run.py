@@ -87,7 +87,7 @@ def compare(outcomes: Outcomes) -> dict:
         "metis_home": dict(Counter(ours.values())),
         "passed_by_stock_only": {name: ours.get(name, "missing") for name in sorted(passed[STOCK] - passed[OURS])},
         "passed_by_metis_home_only": sorted(passed[OURS] - passed[STOCK]),
-        "failed_by_both": sorted(n for n, outcome in ours.items() if outcome == "failed" == stock.get(n)),
+        "failed_by_metis_home": {n: f"stock: {stock.get(n)}" for n, how in sorted(ours.items()) if how == "failed"},
         "versions": {name: version(name) for name in ("transformers", "torch", "huggingface_hub", "metis_home")}
         | {"python": platform.python_version()},
     }
@@ -109,6 +109,8 @@ def table(report: dict) -> str:
         f"passed by stock, not by metis_home: {len(lost)}",
         *(f"  {name}: {how}" for name, how in lost.items()),
     ]
+    failed = report["failed_by_metis_home"]
+    lines += [f"failed by metis_home: {len(failed)}", *(f"  {name} ({stock})" for name, stock in failed.items())]
     won = report["passed_by_metis_home_only"]
     lines += [f"passed by metis_home, not by stock: {len(won)}", *(f"  {name}" for name in won)]
     return "\n".join(lines)
