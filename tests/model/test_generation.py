@@ -170,13 +170,14 @@ class TestRouting:
     def test_the_routed_answer_is_the_forced_answer_of_the_routed_branch(self, model):
         batch = collate(IMAGE_ROWS)
         decision = model.route(**batch)
-        middle = decision.thinking_probability.median().item()  # a threshold that makes the batch a mixed one
+        highest = decision.thinking_probability.max().item()
 
-        routed = model.generate(**batch, router_threshold=middle, return_dict_in_generate=True, **GREEDY)
+        routed = model.generate(**batch, router_threshold=highest, return_dict_in_generate=True, **GREEDY)
 
-        expected = (decision.thinking_probability >= middle).long()
+        expected = (decision.thinking_probability >= highest).long()
         assert torch.equal(routed.branch_ids, expected)
-        assert 0 < expected.sum() < len(IMAGE_ROWS)
+        assert expected.sum() == 1
+        assert not torch.equal(expected, decision.branch_ids), "the default threshold must decide otherwise"
         assert torch.equal(routed.thinking_probability, decision.thinking_probability)
         assert torch.equal(routed.sequences, model.generate(**batch, branch_ids=expected, **GREEDY))
 
