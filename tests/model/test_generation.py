@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextStreamer
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache, TextStreamer
 
 from metis_home.errors import BranchError, CacheBranchError, UnsupportedError
 from metis_home.router import MetisHomeRouter
@@ -279,6 +279,18 @@ class TestReusedCaches:
 
         with pytest.raises(CacheBranchError, match="filled with branch_ids 1, now 0"):
             self.turn(model, torch.cat([said, said[:, :1]], dim=1), cache, thinking=False)
+
+    def test_a_reset_cache_may_serve_the_other_branch(self, model, twins):
+        prompt = collate([TEXT_ROWS[0]])["input_ids"]
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32)
+        self.turn(model, prompt, cache, thinking=True)
+        cache.reset()
+
+        answered = self.turn(model, prompt, cache, thinking=False)
+
+        assert torch.equal(answered, twins[0].generate(input_ids=prompt, **GREEDY))
+        with pytest.raises(CacheBranchError, match="filled with branch_ids 0, now 1"):
+            self.turn(model, torch.cat([answered, answered[:, :1]], dim=1), cache, thinking=True)
 
     def test_a_cache_of_a_dense_model_needs_a_branch(self, model, twins):
         prompt = collate([TEXT_ROWS[0]])["input_ids"]
