@@ -12,6 +12,7 @@ FUZZ_SECONDS ?= 60
 PY := $(VENV)/bin/python
 READY := $(VENV)/.metis-home-ready
 OLDEST := $(VENV)-oldest
+VLLM_VENV ?= $(VENV)-vllm
 export PYTHONDONTWRITEBYTECODE ?= 1
 # Tests run in $(WORKERS) processes: one torch thread each, or they fight for the cores.
 TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -76,12 +77,12 @@ fuzz: $(READY)  ## the safetensors header reader against mutated files, FUZZ_SEC
 	$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q atheris
 	tests/fuzz/run.sh $(FUZZ_SECONDS) $(PY)
 
-test-vllm: $(READY)  ## split branches in a real vLLM engine (installs it once, 3.5 GB)
-	$(PYTEST) -m vllm tests
+test-vllm: $(READY)  ## split branches in a real vLLM engine (CPU; its environment is made once, 3.5 GB)
+	tests/vllm/run.sh $(VLLM_VENV) $(PY)
 
 clean:  ## remove caches and built files, keep the environment
 	rm -rf build dist out .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-environment:  ## remove the environments
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(VLLM_VENV)
