@@ -17,7 +17,7 @@ from . import answer, checkpoints, doctor
 
 app = typer.Typer(
     name="metis-home",
-    help="Hybrid-thinking VLMs: convert, route, answer, train.",
+    help="Hybrid-thinking VLMs: convert, route, answer.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
