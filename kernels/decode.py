@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .down import sum_planes
 from .grouped_work import split_config
-from .interpreter import dot
+from .interpreter import dot, narrow
 from .launch_table import Config, table_for
 from .reference import NUM_BRANCHES, ExpertWeights
 from .silu_mul import wide_type
@@ -81,7 +81,7 @@ def _decode_gate_up_kernel(
             gate_ptrs += BLOCK_IN
             up_ptrs += BLOCK_IN
             x_ptrs += BLOCK_IN
-        a = tl.trans((gate * tl.sigmoid(gate) * up).to(a_ptr.dtype.element_ty))
+        a = tl.trans(narrow(gate * tl.sigmoid(gate) * up, a_ptr.dtype.element_ty))
         mask = is_mine[:, None] & (columns < F)[None, :]
         out = tl.arange(0, TOKENS).to(tl.int64)[:, None] * F + columns[None, :]
         tl.store(a_ptr + out, a, mask=mask)
@@ -141,7 +141,7 @@ def _decode_down_kernel(
             if RESIDUAL:
                 residual = tl.load(residual_ptr + own_rows * residual_stride + columns[None, :], mask=mask, other=0.0)
                 total += residual.to(WIDE)
-            tl.store(y_ptr + own_rows * D + columns[None, :], total.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptr + own_rows * D + columns[None, :], narrow(total, y_ptr.dtype.element_ty), mask=mask)
 
 
 def decode_gate_up(

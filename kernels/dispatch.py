@@ -150,7 +150,8 @@ def branch_ffn(
         rows.rows_per_id,
         rows.flat_runs,
         residual_ND,
-        trains and not recompute,
+        # decode keeps nothing: its backward recomputes
+        trains and not recompute and implementation != "decode",
         empty_gradient,
         implementation,
     )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_work import choose, grid_size, set_descriptor_allocator, split_config, work_item
-from .interpreter import dot
+from .interpreter import dot, narrow
 from .launch_table import Config
 from .plan import TilePlan, plan_tiles
 from .reference import ExpertWeights
@@ -69,7 +69,7 @@ def _down_tma_kernel(
                 )
                 total += residual_desc.load([row, column]).to(WIDE)
             y_desc = tl.make_tensor_descriptor(y_ptr, [end, D], [D, 1], [BLOCK_ROWS, BLOCK_OUT])
-            y_desc.store([row, column], total.to(y_ptr.dtype.element_ty))
+            y_desc.store([row, column], narrow(total, y_ptr.dtype.element_ty))
         else:
             _store_rows(
                 total, y_ptr, residual_ptr, planes_ptr, residual_stride, row, end, column, part, num_rows, D, RESIDUAL,
@@ -151,7 +151,7 @@ def _store_rows(
         if RESIDUAL:
             residual = tl.load(residual_ptr + rows * residual_stride + columns, mask=mask, other=0.0)
             total += residual.to(total.dtype)
-        tl.store(y_ptr + rows * D + columns, total.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + rows * D + columns, narrow(total, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -172,11 +172,11 @@ def _sum_planes_kernel(
     mask = columns < D
     total = tl.load(planes_ptr + row * D + columns, mask=mask, other=0.0)
     for part in tl.static_range(1, SPLIT):
-        plane = part * num_rows.to(tl.int64) * D
+        plane = tl.full((), part, tl.int64) * num_rows * D
         total += tl.load(planes_ptr + plane + row * D + columns, mask=mask, other=0.0)
     if RESIDUAL:
         total += tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(total.dtype)
-    tl.store(y_ptr + row * D + columns, total.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * D + columns, narrow(total, y_ptr.dtype.element_ty), mask=mask)
 
 
 def sum_planes(planes_PND: Tensor, residual_ND: Tensor | None, y_ND: Tensor) -> None:

@@ -74,6 +74,11 @@ def branch_ffn(
     known_runs = unflatten_runs(list(runs))
     features = gate0_FD.shape[0]
     chosen = _resolve(implementation, "forward", x_ND, features, bool(known_runs), keep)
+    if chosen not in IMPLEMENTATIONS or (chosen == "decode" and (keep or x_ND.shape[0] > MAX_DECODE_ROWS)):
+        raise ValueError(
+            f"implementation {chosen!r} cannot take {x_ND.shape[0]} rows with keep={keep}; "
+            f"choose one of {IMPLEMENTATIONS}, decode for at most {MAX_DECODE_ROWS} rows and keep=False"
+        )
     if x_ND.shape[0] == 0:
         columns = features if keep else 0
         return torch.empty_like(x_ND), x_ND.new_empty(0, columns), x_ND.new_empty(0, columns)

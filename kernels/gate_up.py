@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_work import choose, grid_size, set_descriptor_allocator, split_config, work_item
-from .interpreter import dot
+from .interpreter import dot, narrow
 from .launch_table import Config
 from .plan import TilePlan, plan_tiles
 from .reference import ExpertWeights
@@ -67,12 +67,12 @@ def _gate_up_tma_kernel(
             gate = dot(x, gate_desc.load([column, inner]).T, gate)
             up = dot(x, up_desc.load([column, inner]).T, up)
         a_desc = tl.make_tensor_descriptor(a_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
-        a_desc.store([row, column], (gate * tl.sigmoid(gate) * up).to(element))
+        a_desc.store([row, column], narrow(gate * tl.sigmoid(gate) * up, element))
         if KEEP:
             gate_out = tl.make_tensor_descriptor(gate_out_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
-            gate_out.store([row, column], gate.to(element))
+            gate_out.store([row, column], narrow(gate, element))
             up_out = tl.make_tensor_descriptor(up_out_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
-            up_out.store([row, column], up.to(element))
+            up_out.store([row, column], narrow(up, element))
 
 
 @triton.jit
@@ -138,10 +138,10 @@ def _gate_up_pointer_kernel(
         element: tl.constexpr = a_ptr.dtype.element_ty
         out = rows.to(tl.int64)[:, None] * F + columns[None, :]
         mask = (rows < end)[:, None] & (columns < F)[None, :]
-        tl.store(a_ptr + out, (gate * tl.sigmoid(gate) * up).to(element), mask=mask)
+        tl.store(a_ptr + out, narrow(gate * tl.sigmoid(gate) * up, element), mask=mask)
         if KEEP:
-            tl.store(gate_out_ptr + out, gate.to(element), mask=mask)
-            tl.store(up_out_ptr + out, up.to(element), mask=mask)
+            tl.store(gate_out_ptr + out, narrow(gate, element), mask=mask)
+            tl.store(up_out_ptr + out, narrow(up, element), mask=mask)
 
 
 def gate_up(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_work import choose, grid_size, set_descriptor_allocator, split_config, work_item
-from .interpreter import dot
+from .interpreter import dot, narrow
 from .launch_table import Config
 from .plan import plan_tiles
 from .reference import ExpertWeights
@@ -92,9 +92,9 @@ def _grad_a_pointer_kernel(
         up = tl.load(up_ptr + at, mask=mask, other=0.0).to(WIDE)
         grad_gate, grad_up, a = swiglu_gradient(grad_a, gate, up)
         element: tl.constexpr = a_ptr.dtype.element_ty
-        tl.store(grad_gate_ptr + at, grad_gate.to(element), mask=mask)
-        tl.store(grad_up_ptr + at, grad_up.to(element), mask=mask)
-        tl.store(a_ptr + at, a.to(element), mask=mask)
+        tl.store(grad_gate_ptr + at, narrow(grad_gate, element), mask=mask)
+        tl.store(grad_up_ptr + at, narrow(grad_up, element), mask=mask)
+        tl.store(a_ptr + at, narrow(a, element), mask=mask)
 
 
 @triton.jit
@@ -170,11 +170,11 @@ def _store_dswiglu(
     up = up_desc.load([row, column]).to(grad_a.dtype)
     grad_gate, grad_up, a = swiglu_gradient(grad_a, gate, up)
     grad_gate_desc = tl.make_tensor_descriptor(grad_gate_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
-    grad_gate_desc.store([row, column], grad_gate.to(element))
+    grad_gate_desc.store([row, column], narrow(grad_gate, element))
     grad_up_desc = tl.make_tensor_descriptor(grad_up_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
-    grad_up_desc.store([row, column], grad_up.to(element))
+    grad_up_desc.store([row, column], narrow(grad_up, element))
     a_desc = tl.make_tensor_descriptor(a_ptr, [end, F], [F, 1], [BLOCK_ROWS, BLOCK_OUT])
-    a_desc.store([row, column], a.to(element))
+    a_desc.store([row, column], narrow(a, element))
 
 
 @triton.jit
@@ -216,7 +216,7 @@ def _grad_x_pointer_kernel(
         columns = column + tl.arange(0, BLOCK_OUT)
         mask = (rows < end)[:, None] & (columns < D)[None, :]
         at = rows.to(tl.int64)[:, None] * D + columns[None, :]
-        tl.store(grad_x_ptr + at, total.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_x_ptr + at, narrow(total, grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -261,7 +261,7 @@ def _grad_x_tma_kernel(
         for inner in tl.range(0, F, BLOCK_IN):
             total = dot(grad_up_desc.load([row, inner]), up_desc.load([inner, column]), total)
         out = tl.make_tensor_descriptor(grad_x_ptr, [end, D], [D, 1], [BLOCK_ROWS, BLOCK_OUT])
-        out.store([row, column], total.to(grad_x_ptr.dtype.element_ty))
+        out.store([row, column], narrow(total, grad_x_ptr.dtype.element_ty))
 
 
 def grad_a(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_work import choose, set_descriptor_allocator, split_config
-from .interpreter import dot
+from .interpreter import dot, narrow
 from .launch_table import Config
 from .plan import plan_tiles
 from .reference import NUM_BRANCHES
@@ -71,16 +71,16 @@ def _grad_weight_pointer_kernel(
             grad = tl.load(grad_ptrs, mask=grad_mask, other=0.0)
             values = tl.load(input_ptrs, mask=input_mask, other=0.0)
             total = dot(tl.trans(grad), values, total)
-            # int64: BLOCK_ROWS * F stays small, a caller's stride may not
-            grad_ptrs += grad_stride.to(tl.int64) * BLOCK_ROWS
-            input_ptrs += input_stride.to(tl.int64) * BLOCK_ROWS
+            # int64: a caller's stride may be huge
+            grad_ptrs += tl.full((), BLOCK_ROWS, tl.int64) * grad_stride
+            input_ptrs += tl.full((), BLOCK_ROWS, tl.int64) * input_stride
     if branch == 0:
         out_ptr = out0_ptr
     else:
         out_ptr = out1_ptr
     mask = (outs < OUT)[:, None] & (ins < IN)[None, :]
     at = outs.to(tl.int64)[:, None] * IN + ins[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, narrow(total, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _grad_weight_tma_kernel(
     else:
         out_ptr = out1_ptr
     out_desc = tl.make_tensor_descriptor(out_ptr, [OUT, IN], [IN, 1], [BLOCK_OUT, BLOCK_IN])
-    out_desc.store([out_start, in_start], total.to(out_ptr.dtype.element_ty))
+    out_desc.store([out_start, in_start], narrow(total, out_ptr.dtype.element_ty))
 
 
 def grad_weight(

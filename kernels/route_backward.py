@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .interpreter import narrow
 from .reference_route import ROUTER_EPS, Pooled
 from .route import token_scores
 from .silu_mul import wide_type
@@ -76,7 +77,7 @@ def _pool_backward_kernel(
         else:
             grad_x = tl.where(prompt, 1.0 / total, 0.0)[:, None] * grad_pooled[None, :]
         out = (b.to(tl.int64) * T + t)[:, None] * D + d[None, :]
-        tl.store(grad_x_ptr + out, grad_x.to(element), mask=inside[:, None] & in_d[None, :])
+        tl.store(grad_x_ptr + out, narrow(grad_x, element), mask=inside[:, None] & in_d[None, :])
     if ATTENTION:
         part = b.to(tl.int64) * tl.num_programs(1) + chunk
         tl.store(grad_query_ptr + part * D + d, grad_query, mask=in_d)

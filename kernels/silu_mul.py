@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .interpreter import narrow
+
 _BLOCK = 1024
 
 
@@ -30,7 +32,7 @@ def _silu_mul_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=mask, other=0.0).to(WIDE)
     up = tl.load(up_ptr + row * up_stride + columns, mask=mask, other=0.0).to(WIDE)
     a = gate * tl.sigmoid(gate) * up
-    tl.store(a_ptr + row * a_stride + columns, a.to(a_ptr.dtype.element_ty), mask=mask)
+    tl.store(a_ptr + row * a_stride + columns, narrow(a, a_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -58,9 +60,9 @@ def _dswiglu_kernel(
     grad_gate, grad_up, a = swiglu_gradient(grad_a, gate, up)
     out = row * out_stride + columns
     element = a_ptr.dtype.element_ty
-    tl.store(grad_gate_ptr + out, grad_gate.to(element), mask=mask)
-    tl.store(grad_up_ptr + out, grad_up.to(element), mask=mask)
-    tl.store(a_ptr + out, a.to(element), mask=mask)
+    tl.store(grad_gate_ptr + out, narrow(grad_gate, element), mask=mask)
+    tl.store(grad_up_ptr + out, narrow(grad_up, element), mask=mask)
+    tl.store(a_ptr + out, narrow(a, element), mask=mask)
 
 
 def wide_type(dtype: torch.dtype) -> tl.dtype:

@@ -88,7 +88,7 @@ def record_launches(target: str) -> list[tuple[str, Any, dict[str, Any], dict[st
         options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
         arguments |= {name: value for name, value in keywords.items() if name in self.arg_names}
         constexprs = {p.name: str(arguments[p.name]) for p in self.params if p.is_constexpr}
-        types = [str(getattr(value, "dtype", type(value))) for value in arguments.values()]
+        types = [str(getattr(value, "dtype", value == 1)) for value in arguments.values()]
         key = json.dumps([self.__name__, constexprs, options, types], sort_keys=True)
         if key not in seen:
             seen.add(key)

@@ -65,6 +65,12 @@ def _ffn_cases(entries: dict, hidden: int, features: int) -> Iterator[Case]:
         few, few_wide, few_ids = _empty(rows, hidden), _empty(rows, features), _empty(rows, dtype=torch.int64)
         yield f"decode_gate_up {rows}", lambda few=few, i=few_ids: decode_gate_up(few, experts, i, 1)
         yield f"decode_down {rows}", lambda few_wide=few_wide, i=few_ids: decode_down(few_wide, experts, i, 1)
+    # Arguments that equal 1 are compiled in as constants, which not every expression survives.
+    one, one_wide, one_id = _empty(1, hidden), _empty(1, features), _empty(1, dtype=torch.int64)
+    yield "decode_gate_up 1", lambda: decode_gate_up(one, experts, one_id, 1)
+    yield "decode_down 1", lambda: decode_down(one_wide, experts, one_id, 1)
+    yield "gate_up 1", lambda: gate_up(one, experts, one_id, 1, keep=True)
+    yield "grad_w 1", lambda: grad_weight(one_wide, one, one_id, 1, (True, False))
     yield "silu_mul", lambda: silu_mul(wide, wide)
     yield "dswiglu", lambda: dswiglu(wide, wide, wide)
 
