@@ -128,8 +128,9 @@ class MetisHomeConfig(Qwen2_5_VLConfig):
             self.vision_config["model_type"] = Qwen2_5_VLVisionConfig.model_type  # as old checkpoints spell it
         if isinstance(self.text_config, dict):
             self.text_config = {**self.text_config, "model_type": TEXT_MODEL_TYPE}  # type: ignore[assignment]
-        flat_text_fields = () if self.text_config is not None else MetisHomeTextConfig.__dataclass_fields__
-        _refuse_unknown_fields(self, {name: kwargs[name] for name in kwargs if name not in flat_text_fields})
+        # Text fields may stand on the root: alone in flat configs, as copies in what transformers 4.52 to 4.57 saved.
+        text_fields = MetisHomeTextConfig.__dataclass_fields__
+        _refuse_unknown_fields(self, {name: kwargs[name] for name in kwargs if name not in text_fields})
         width = self.router_hidden_size
         _check(_is_number(width) and width > 0, "router_hidden_size", width, "a positive integer")
         _check(self.router_pooling in POOLINGS, "router_pooling", self.router_pooling, f"one of {', '.join(POOLINGS)}")

@@ -78,6 +78,16 @@ def test_a_flat_config_of_old_checkpoints_is_understood():
     assert config.tie_word_embeddings
 
 
+def test_copies_of_text_fields_on_the_root_are_understood(tmp_path):
+    """transformers 4.52 to 4.57 wrote them beside text_config; trainers set the special tokens there."""
+    config = pico_config(eos_token_id=7, bos_token_id=8, pad_token_id=0, hidden_size=32, use_cache=True)
+    config.save_pretrained(tmp_path)
+
+    loaded = MetisHomeConfig.from_pretrained(tmp_path)
+
+    assert (loaded.eos_token_id, loaded.bos_token_id, loaded.text_config.hidden_size) == (7, 8, 32)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
