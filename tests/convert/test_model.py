@@ -10,7 +10,7 @@ import pytest
 
 from metis_home.convert import link, split, upcycle, verify
 from metis_home.errors import CheckpointError, OutputError, VerificationError
-from metis_home.link_bundle import BUNDLE_FILE, load_bundle, tensor_places
+from metis_home.link_bundle import BUNDLE_FILE, tensor_places
 from tests.convert.pico import CONFIG, read_all, snapshot, tensors, write_dense
 
 torch = pytest.importorskip("torch")
@@ -109,7 +109,7 @@ def test_a_bundle_is_links_and_loads_as_one_model(pair: tuple[Path, Path], tmp_p
     link(pair[0], tmp_path / "bundle", pair[1])
     copied = model_class().from_pretrained(tmp_path / "two")
 
-    linked, info = load_bundle(model_class(), tmp_path / "bundle", output_loading_info=True)
+    linked, info = model_class().from_pretrained(tmp_path / "bundle", output_loading_info=True)
 
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -138,7 +138,7 @@ def test_a_bundle_outlives_its_sources_and_replaces_only_when_told(pair: tuple[P
     places = tensor_places(bundle)
 
     assert len(places) == 39 + 2 * 6 + 5
-    assert load_bundle(model_class(), bundle).config.model_type == "metis_home"
+    assert model_class().from_pretrained(bundle).config.model_type == "metis_home"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "n", "t"]
 
 
