@@ -26,7 +26,7 @@ import transformers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from metis_home import Branch, MetisHomeConfig, MetisHomeForConditionalGeneration
-from metis_home.names import branch_of, to_dense_name
+from metis_home.names import dense_name_of
 
 # Wide enough that matrix products, not Python, take the time; the shape of SmolLM2-135M with fewer layers.
 TEXT = {
@@ -38,6 +38,8 @@ TEXT = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 2048,
     "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
     "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e5},
 }
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 576}
@@ -61,12 +63,8 @@ def build() -> tuple[MetisHomeForConditionalGeneration, list[Qwen2_5_VLForCondit
         twin = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=dict(TEXT), vision_config=dict(VISION), **TOKENS)
         ).eval()
-        state = {}
-        for name, tensor in model.state_dict().items():
-            hub = name.replace("model.language_model.", "model.")
-            if ".router." in name or branch_of(hub) == 1 - branch:
-                continue
-            state[to_dense_name(hub).replace("model.", "model.language_model.", 1) if branch_of(hub) is not None else name] = tensor
+        names = {name: dense_name_of(name, branch) for name in model.state_dict()}
+        state = {names[name]: tensor for name, tensor in model.state_dict().items() if names[name] is not None}
         twin.load_state_dict(state)
         twins.append(twin)
     return model, twins

@@ -62,3 +62,20 @@ def to_dense_name(hub_name: str) -> str:
     if match is None:
         return hub_name
     return f"{match['layer']}.mlp.{match['linear']}_proj.{match['kind']}"
+
+
+def dense_name_of(name: str, branch: int) -> str | None:
+    """The name that a weight of the two-branch model has in the dense model of `branch`, in the same layout.
+
+    None for what that model does not have: the router, and the FFNs of the other branch.
+    """
+    hub_name = to_hub_name(name)
+    if hub_name.startswith(ROUTER_PREFIX):
+        return None
+    owner = branch_of(hub_name)
+    if owner is None:
+        return name
+    if owner != int(branch):
+        return None
+    dense_name = to_dense_name(hub_name)
+    return dense_name if hub_name == name else _TEXT_MODULE_PREFIX + dense_name.removeprefix("model.")

@@ -9,7 +9,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from metis_home import Branch, MetisHomeConfig, MetisHomeForConditionalGeneration
-from metis_home.names import branch_of, to_dense_name
+from metis_home.names import dense_name_of
 
 VOCABULARY = 99
 IMAGE, VIDEO, VISION_START, VISION_END = 3, 4, 5, 6
@@ -81,14 +81,8 @@ def dense_twin(model: MetisHomeForConditionalGeneration, branch: Branch | int) -
         **SPECIAL,
     )
     twin = Qwen2_5_VLForConditionalGeneration(config).eval()
-    state = {}
-    for name, tensor in model.state_dict().items():
-        hub_name = name.replace("model.language_model.", "model.")
-        if ".router." in name or branch_of(hub_name) == 1 - int(branch):
-            continue
-        if branch_of(hub_name) is not None:
-            name = to_dense_name(hub_name).replace("model.", "model.language_model.", 1)
-        state[name] = tensor
+    names = {name: dense_name_of(name, branch) for name in model.state_dict()}
+    state = {names[name]: tensor for name, tensor in model.state_dict().items() if names[name] is not None}
     twin.load_state_dict(state)
     twin.set_attn_implementation(model.config._attn_implementation)
     return quiet(twin.to(model.dtype))
