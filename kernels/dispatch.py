@@ -31,6 +31,7 @@ class PlanLike(Protocol):
     runs: tuple[tuple[int, int, int], ...] | None
 
 
+@torch.compiler.assume_constant_result
 def available(device: torch.device | str) -> tuple[bool, str]:
     """(True, "") if the kernels run on `device`, else (False, the reason)."""
     device = torch.device(device)
@@ -42,6 +43,7 @@ def available(device: torch.device | str) -> tuple[bool, str]:
     return False, f"the kernels need a CUDA or ROCm device, found {device.type} (or TRITON_INTERPRET=1, for tests)"
 
 
+@torch.compiler.assume_constant_result
 def is_measured(device: torch.device | str) -> bool:
     """True if the launch table of `device` rests on measurements there: what `backend="auto"` asks for."""
     return available(device)[0] and table_for(torch.device(device)).measured

@@ -126,7 +126,8 @@ def _(
 
 def _keep_for_backward(ctx, inputs, output) -> None:
     *tensors, query_D, implementation = inputs
-    _, probability_B, _, *pooled = output
+    branch_ids_B, probability_B, _, *pooled = output
+    ctx.mark_non_differentiable(branch_ids_B)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, probability_B, *pooled, *([] if query_D is None else [query_D]))
     ctx.implementation = implementation

@@ -6,7 +6,6 @@ fused path of `metis_home.kernels`. `auto` takes the fused path where it runs an
 Shapes: B batch, T tokens, N = B * T rows, D hidden size.
 """
 
-import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -200,21 +199,17 @@ def _kernels(chosen: str, device: torch.device) -> ModuleType | None:
     return None
 
 
-_dispatch: ModuleType | str | None = None
-
-
 def _import_kernels() -> ModuleType | str:
     """`metis_home.kernels.dispatch`, or why it cannot be imported.
 
-    By name and not `from .kernels ...`: this file is also exported as remote code, into a folder without kernels.
+    By its full name: this file is also exported as remote code, into a folder without kernels. As a statement in a
+    `try`: `torch.compile` can trace that, and transformers does not count it as something the remote code needs.
     """
-    global _dispatch
-    if _dispatch is None:
-        try:
-            _dispatch = importlib.import_module("metis_home.kernels.dispatch")
-        except ImportError as error:
-            _dispatch = f"the kernels cannot be imported ({error})"
-    return _dispatch
+    try:
+        from metis_home.kernels import dispatch
+    except ImportError as error:
+        return f"the kernels cannot be imported ({error})"
+    return dispatch
 
 
 _logged: set[str] = set()

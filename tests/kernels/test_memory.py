@@ -4,6 +4,7 @@ import mmap
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from metis_home.kernels import dispatch
 from metis_home.kernels.grad_weight import grad_weight
@@ -116,10 +117,17 @@ def far_rows(rows: int, stride: int) -> torch.Tensor:
     return far.copy_(torch.randn(rows, HIDDEN))
 
 
+@pytest.fixture
+def _in_place(monkeypatch) -> None:
+    # After a launch the interpreter copies every storage back onto itself, which would touch all of its pages.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_in_place")
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_offsets_beyond_two_to_the_31(implementation, form) -> None:
-    x = far_rows(3, 2**31 - 8)[:, None]
-    experts, ids = make_experts(), torch.tensor([0, 1, 1])
+    x = far_rows(2, 2**31 + 8)[:, None]
+    experts, ids = make_experts(), torch.tensor([0, 1])
 
     with torch.no_grad():
         y = dispatch.branch_ffn(x, experts, ids, implementation=implementation, residual_BTD=x)
@@ -127,10 +135,11 @@ def test_offsets_beyond_two_to_the_31(implementation, form) -> None:
     torch.testing.assert_close(y.double(), oracle(x, experts, ids, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("_in_place")
 def test_weight_gradients_read_beyond_two_to_the_31(form) -> None:
-    far, near = far_rows(3, 2**31 - 8), torch.randn(3, 80)
+    far, near = far_rows(2, 2**31 + 8), torch.randn(2, 80)
 
-    first, second = grad_weight(near, far, torch.tensor([1, 1, 0]), 1, (True, True))
+    first, second = grad_weight(near, far, torch.tensor([1, 0]), 1, (True, True))
 
-    torch.testing.assert_close(first, near[2:].T @ far[2:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(second, near[:2].T @ far[:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first, near[1:].T @ far[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second, near[:1].T @ far[:1], rtol=1e-5, atol=1e-5)
