@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# Not this script's folder: there `kernels.py` would hide the package of that name, which transformers looks for.
+sys.path[0] = str(ROOT)
 
 HIDDEN, FEATURES = 3584, 18944
 
