@@ -6,12 +6,13 @@ other and writes the crossover. Nothing else ever tunes: at run time tables are 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def median_ms(call: Callable[[], object], rounds: int) -> float:
 def candidates(kernel: str, default: Config) -> Iterator[Config]:
     """The default, then its neighbours. A kernel's smaller set keeps a full run to minutes."""
     yield default
+    grid: Iterable[tuple[int, int, int, int]]
     if kernel.startswith("decode"):
         grid = itertools.product((16, 32, 64), (64, 128, 256), (4, 8), (3, 4, 5))
         names = ("BLOCK_OUT", "BLOCK_IN", "num_warps", "num_stages")
@@ -72,7 +74,7 @@ def best(kernel: str, default: Config, run: Callable[[Config], object], rounds: 
     for config in candidates(kernel, default):
         try:
             _check_equal(run(config), want)
-            timed.append((median_ms(lambda config=config: run(config), rounds), config))
+            timed.append((median_ms(functools.partial(run, config), rounds), config))
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError, ArithmeticError) as error:
             logger.debug("%s %s: %s", kernel, config, str(error).splitlines()[0])
     fastest = min(timed, key=lambda pair: pair[0])
@@ -135,7 +137,7 @@ def _choose_implementation(entries, report, experts, x_ND, rounds) -> None:
     half = max(rows // 2, 1)
     ids = torch.tensor([0, 1][: rows // half], device=device)
     runs = tuple(find_runs(ids, half))
-    choices = {
+    choices: dict[str, Callable[[], object]] = {
         "slices": lambda: slices.forward(x_ND, experts, runs, None, False),
         "grouped": lambda: grouped_forward(x_ND, experts, ids, half, None, False),
     }
