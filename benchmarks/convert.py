@@ -28,6 +28,7 @@ SHAPES = {  # layers, hidden, ffn, vocabulary; vision is small: it only adds byt
     "small": (4, 1024, 5504, 32000),
     "3b-half": (18, 2048, 11008, 151936),
     "7b-tenth": (3, 3584, 18944, 152064),
+    "7b-slice": (3, 3584, 18944, 53248),  # 31 % of the weights shared, as in the 7B model
 }
 
 

@@ -15,6 +15,7 @@ from .strict_json import Json, parse_object
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 READ_STEP = 2**20  # bytes
+_READ_AHEAD_STEPS = 8
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -35,7 +36,10 @@ class StoredTensor:
         Raises:
             CheckpointError: the file became shorter.
         """
-        for position in range(self.offset, self.offset + self.size, READ_STEP):
+        for number, position in enumerate(range(self.offset, self.offset + self.size, READ_STEP)):
+            if number % _READ_AHEAD_STEPS == 0 and self.size > READ_STEP:
+                # the kernel's own read-ahead is 128 KiB: too little to keep a disk busy while numbers are computed
+                self.file.will_need(position, 2 * _READ_AHEAD_STEPS * READ_STEP)
             yield self.file.read_range(position, min(READ_STEP, self.offset + self.size - position))
 
     def identity(self) -> list[Json]:

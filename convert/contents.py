@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CheckpointError
 from ..router_layout import TensorInit
-from .floats import FLOAT_BYTES, from_float32, narrow_table, to_float32
+from .floats import FLOAT_BYTES, bf16_to_fp16, from_float32, narrow_table, to_float32
 from .header import tensor_bytes
 from .strict_json import Json
 
@@ -67,8 +67,10 @@ class Cast:
         source = self.inner.dtype
         both_narrow = FLOAT_BYTES[source] == FLOAT_BYTES[self.dtype] == 2
         for chunk in self.inner.chunks():
-            if both_narrow:
-                cast: np.ndarray = narrow_table(source, self.dtype)[np.frombuffer(chunk, np.uint16)]
+            if (source, self.dtype) == ("BF16", "F16"):
+                cast: np.ndarray = bf16_to_fp16(np.frombuffer(chunk, np.uint16))
+            elif both_narrow:
+                cast = narrow_table(source, self.dtype)[np.frombuffer(chunk, np.uint16)]
             else:
                 cast = from_float32(to_float32(chunk, source), self.dtype)
             if self.dtype == "F16" and (cast.view(np.uint16) & 0x7FFF == _FP16_INFINITY).any():

@@ -54,6 +54,11 @@ class OpenFile:
             )
         return self.read_range(0, self.size)
 
+    def will_need(self, offset: int, size: int) -> None:
+        """Let the kernel begin to read this range; does not wait."""
+        if hasattr(os, "posix_fadvise"):  # Linux has it, macOS has not
+            os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
+
     def read_range(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`.
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 FLOAT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_BF16_SMALLEST_NORMAL = 0x3880  # 2**-14, the smallest normal fp16 number, as bf16
+_BF16_BEYOND_FP16 = 0x4780  # 65536
 CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -32,6 +34,25 @@ def narrow_table(source: str, dtype: str) -> "NDArray[np.uint16]":
 
     every = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
     return from_float32(to_float32(every.tobytes(), source), dtype).view(np.uint16)
+
+
+def bf16_to_fp16(bits: "NDArray[np.uint16]") -> "NDArray[np.uint16]":
+    """The bits of fp16 numbers from those of bf16 numbers, rounded as by `from_float32`.
+
+    In fp16's normal range the conversion is exact, since bf16 has fewer mantissa bits: move the exponent's bias (127 to
+    15) and shift. Smaller and larger numbers, a few in a thousand weights, go through the table.
+    """
+    import numpy as np
+
+    magnitude = bits & np.uint16(0x7FFF)
+    outside = magnitude - np.uint16(_BF16_SMALLEST_NORMAL) >= _BF16_BEYOND_FP16 - _BF16_SMALLEST_NORMAL  # wraps below
+    magnitude -= np.uint16((127 - 15) << 7)
+    magnitude <<= 3
+    magnitude |= bits & np.uint16(0x8000)
+    where = np.flatnonzero(outside)
+    if len(where):
+        magnitude[where] = narrow_table("BF16", "F16")[bits[where]]
+    return magnitude
 
 
 def from_float32(values: "NDArray[np.float32]", dtype: str) -> "NDArray[np.generic]":

@@ -5,7 +5,7 @@ copied. Copies stay inside the kernel, so the digest reads the shard once more, 
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .files import OpenFile
 from .journal import Digest, Journal
 from .plan import PlannedFile, PlannedShard
 
+_AHEAD_FROM = 4 * 2**20  # bytes of a tensor from which a second thread pays
 _WRITEBACK_STEP = 8 * 2**20  # bytes
 
 Progress = Callable[[str, int, int], None]
@@ -136,7 +137,7 @@ def _fill(shard: PlannedShard, fd: int, path: Path, disk: Disk, progress: Progre
             _copy(first.file, first.offset, fd, path, offset, size, disk, advance)
             continue
         position = started = run.offset
-        for chunk in run.content.chunks():
+        for chunk in _ahead(run.content.chunks()) if run.content.size > _AHEAD_FROM else run.content.chunks():
             disk.write(fd, path, chunk, position)
             position += len(chunk)
             advance(len(chunk))
@@ -148,6 +149,15 @@ def _fill(shard: PlannedShard, fd: int, path: Path, disk: Disk, progress: Progre
     for file in touched.values():
         file.check_unchanged()
     return done
+
+
+def _ahead(chunks: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same chunks; the next is read and computed in another thread while this one is written."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        pending = worker.submit(next, chunks, None)
+        while (chunk := pending.result()) is not None:
+            pending = worker.submit(next, chunks, None)
+            yield chunk
 
 
 def _copy(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metis_home.convert import split, upcycle, verify
-from metis_home.convert.floats import from_float32, to_float32
+from metis_home.convert.floats import bf16_to_fp16, from_float32, to_float32
 from metis_home.errors import CheckpointError
 from tests.convert.pico import read_all, snapshot, tensors, write_dense
 
@@ -39,6 +39,17 @@ def test_rounding_is_to_nearest_even_as_in_torch(dtype: str) -> None:
     numbers = ~torch.isnan(expected).numpy()
     assert np.array_equal(ours[numbers], expected.view(torch.int16).numpy()[numbers])
     assert np.isnan(to_float32(ours[~numbers].tobytes(), dtype)).all()
+
+
+def test_every_bf16_number_becomes_the_fp16_number_of_torch() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+
+    ours = bf16_to_fp16(bits).view(np.int16)
+
+    expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).to(torch.float16)
+    numbers = ~torch.isnan(expected).numpy()
+    assert np.array_equal(ours[numbers], expected.view(torch.int16).numpy()[numbers])
+    assert np.isnan(ours[~numbers].view(np.float16)).all()
 
 
 @pytest.mark.parametrize("source", ["F32", "BF16", "F16"])
