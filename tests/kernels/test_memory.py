@@ -2,9 +2,10 @@
 
 import mmap
 
+import numpy as np
 import pytest
 import torch
-from triton.runtime.interpreter import GridExecutor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 from metis_home.kernels import dispatch
 from metis_home.kernels.grad_weight import grad_weight
@@ -29,6 +30,29 @@ def test_the_weights_of_an_unused_branch_are_never_read(implementation, used, fo
     torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5)
     for found, want in zip(gradients, truths, strict=True):
         torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)  # zeros for the unused expert
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_no_address_of_an_unused_weight_is_loaded(implementation, form, monkeypatch) -> None:
+    # NaN cannot show a load whose result is thrown away, and loads are what decoding is made of.
+    experts, ids = make_experts(), torch.tensor([1, 1])
+    spans = [(p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in experts[0].parameters()]
+    own = [(p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in experts[1].parameters()]
+    seen = {"unused": 0, "used": 0}
+    load = InterpreterBuilder.create_masked_load
+
+    def watch(self, ptrs, mask, *arguments, **options):
+        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]
+        for name, ranges in (("unused", spans), ("used", own)):
+            seen[name] += sum(int(((addresses >= low) & (addresses < high)).sum()) for low, high in ranges)
+        return load(self, ptrs, mask, *arguments, **options)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watch)
+    with torch.no_grad():
+        dispatch.branch_ffn(torch.randn(2, 9, HIDDEN), experts, ids, implementation=implementation)
+
+    assert seen["unused"] == 0
+    assert seen["used"] > 0
 
 
 @pytest.mark.parametrize("implementation", [*KERNELS, "slices"])
