@@ -77,7 +77,9 @@ def test_every_make_target_that_a_document_names_exists() -> None:
 
 def test_every_make_target_is_explained() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
     assert {line.split()[1] for line in listed.splitlines()} == targets
