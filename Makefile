@@ -49,7 +49,7 @@ types: $(READY)  ## mypy
 	$(PY) -m mypy -p metis_home
 
 test-kernels: $(READY)  ## kernels in Triton's interpreter, no GPU needed
-	@if $(PY) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) tests/kernels; \
+	@if $(PY) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) --dist loadfile tests/kernels; \
 	else echo 'kernel tests skipped: there is no triton for this platform'; fi
 
 conformance: $(READY) $(OLDEST)/.metis-home-ready  ## transformers' own model tests, newest and oldest supported version

@@ -55,6 +55,17 @@ def get_backend() -> str:
     return _backend
 
 
+def kernels_usable(device: torch.device | str) -> tuple[bool, str]:
+    """Can the fused kernels run on `device`? With the reason if not, else with what `auto` does there."""
+    dispatch = _import_kernels()
+    if isinstance(dispatch, str):
+        return False, dispatch
+    usable, reason = dispatch.available(device)
+    if not usable:
+        return False, reason
+    return True, "auto uses it" if dispatch.is_measured(device) else "not measured here, so auto uses torch"
+
+
 class _KeepUnused(torch.autograd.Function):
     """Return `y` as it is, and tie `unused` (0 rows) into the graph with a zero gradient."""
 

@@ -131,8 +131,12 @@ def examine_backends() -> list[Backend]:
     if importlib.util.find_spec("triton") is None:
         return [reference, Backend(name="triton", usable=False, reason="triton is not installed")]
     if not gpus:
-        return [reference, Backend(name="triton", usable=False, reason="no NVIDIA GPU that this torch can use")]
-    return [reference, Backend(name="triton", usable=True, reason=gpus[0])]
+        return [reference, Backend(name="triton", usable=False, reason="no GPU that this torch can use")]
+    from .. import ops
+
+    usable, reason = ops.kernels_usable("cuda")
+    reason = f"{gpus[0]}; {reason}"
+    return [reference, Backend(name="triton", usable=usable, reason=reason)]
 
 
 def advise(packages: list[Package]) -> list[str]:

@@ -66,3 +66,8 @@ def test_transformers_takes_our_folder_for_no_kernels_package() -> None:
     )
 
     assert run_python("-c", program, cwd=REPOSITORY).strip() == "False"
+
+
+def test_no_script_carries_the_name() -> None:
+    """`python benchmarks/x.py` puts that folder first on the path; a `kernels.py` in it would be the package."""
+    assert [path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("*/kernels.py")] == []

@@ -1,5 +1,7 @@
 """The branch FFN sends each row through its expert; the plan puts each row in exactly one place."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,12 @@ def test_sharded_experts_are_both_called(monkeypatch):
 
 
 class TestBackends:
+    def test_whether_kernels_are_usable_comes_with_a_reason(self):
+        usable, reason = ops.kernels_usable("cpu")
+
+        assert usable == (os.environ.get("TRITON_INTERPRET") == "1")
+        assert reason
+
     def test_unknown_backends_are_refused(self):
         with pytest.raises(BackendError, match="auto, torch, triton; found 'cuda'"):
             ops.set_backend("cuda")

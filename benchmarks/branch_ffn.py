@@ -1,4 +1,4 @@
-"""The branch FFN against every peer that can be imported here: `python benchmarks/kernels.py --out DIR`.
+"""The branch FFN against every peer that can be imported here: `python benchmarks/branch_ffn.py --out DIR`.
 
 First the two ceilings of this card in the same process (device-to-device copy, bf16 matmul on random data), then each
 row of the goal table. Providers take turns (round-robin), on random data, with the second-level cache flushed; rows below
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Not this script's folder: there this file is `kernels`, the name of a package that transformers looks for.
 sys.path[0] = str(ROOT)
 
 from benchmarks.gpu_check import FEATURES, HIDDEN, device_facts, make_experts  # noqa: E402
