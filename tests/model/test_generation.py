@@ -54,7 +54,9 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_each_row_of_a_mixed_batch_equals_its_dense_model(model, twins, rows, way, router_calls):
     if way == "chunked prefill" and Version(transformers.__version__) < Version("5.19"):
-        pytest.skip("stock Qwen2.5-VL fails too: before transformers 5.19 chunks slice 3-D positions along the wrong axis")
+        pytest.skip(
+            "stock Qwen2.5-VL fails too: before transformers 5.19 chunks slice 3-D positions along the wrong axis"
+        )
     batch = collate(rows)
 
     output = model.generate(**batch, branch_ids=torch.tensor(MIX), **GREEDY, **WAYS[way])
