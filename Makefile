@@ -19,7 +19,7 @@ TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_THREADS) HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help environment demo test lint format types test-kernels conformance gpu-check bench-overhead bench-convert \
-        fuzz test-vllm clean clean-environment
+        test-crash fuzz test-vllm clean clean-environment
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-overhead: $(READY)  ## the two-branch model against the dense model it cam
 
 bench-convert: $(READY)  ## conversion against cp
 	$(PY) benchmarks/convert.py --json benchmarks/results/convert.json
+
+test-crash: $(READY)  ## conversion killed at every file operation, not at every third
+	METIS_HOME_CRASH_STRIDE=1 $(PYTEST) tests/convert/test_crash.py
 
 fuzz: $(READY)  ## the safetensors header reader against mutated files, FUZZ_SECONDS=60
 	$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q atheris
