@@ -24,6 +24,8 @@ class CacheBranch:
     branch_ids: int | Tensor
     """An int for all rows, or (B,) int64 on the CPU."""
     copies: dict[torch.device, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
+    """(B,) int64 on the CPU, also where all rows agree: what decoding compares with at every step."""
 
     def on(self, device: torch.device) -> int | Tensor:
         """The branches as an int or a tensor on `device`; the copy is made once."""
@@ -35,8 +37,12 @@ class CacheBranch:
 
     def matches(self, branch_ids: BranchIds) -> bool:
         """Does the cache belong to these branches? Costs no device synchronisation for tensors that `on` returned."""
-        if isinstance(branch_ids, Tensor) and any(branch_ids is copy for copy in self.copies.values()):
+        if isinstance(branch_ids, int):
+            return isinstance(self.branch_ids, int) and branch_ids == self.branch_ids
+        if any(branch_ids is copy for copy in self.copies.values()):
             return True
+        if self.rows is not None and _is_host_rows(branch_ids) and branch_ids.shape == self.rows.shape:
+            return torch.equal(branch_ids, self.rows)
         other = to_host(branch_ids)
         if isinstance(other, int) or isinstance(self.branch_ids, int):
             return isinstance(other, int) and isinstance(self.branch_ids, int) and other == self.branch_ids
@@ -57,6 +63,10 @@ def to_host(branch_ids: BranchIds) -> int | Tensor | None:
     return int(present[0]) if present.numel() == 1 else host_ids.clone()
 
 
+def _is_host_rows(branch_ids: Tensor) -> bool:
+    return branch_ids.dim() == 1 and branch_ids.device.type == "cpu" and branch_ids.dtype == torch.long
+
+
 def read_stamp(cache: Cache | None) -> CacheBranch | None:
     """The stamp of a cache, if it has one."""
     return getattr(cache, _ATTRIBUTE, None)
@@ -72,7 +82,8 @@ def stamp_cache(cache: Cache | None, branch_ids: BranchIds) -> CacheBranch | Non
     host_ids = to_host(branch_ids)
     if host_ids is None:
         return None
-    stamp = CacheBranch(host_ids)
+    rows = branch_ids.clone() if isinstance(branch_ids, Tensor) and _is_host_rows(branch_ids) else None
+    stamp = CacheBranch(host_ids, rows=rows)
     setattr(cache, _ATTRIBUTE, stamp)
     return stamp
 

@@ -401,8 +401,9 @@ class MetisHomeForConditionalGeneration(
             )
         if router_labels is not None:
             router_loss = router_cross_entropy(outputs.router_logits, router_labels)
+        loss = lm_loss if router_loss is None else total_loss(lm_loss, router_loss, self.config.router_loss_weight)
         return MetisHomeCausalLMOutputWithPast(
-            loss=total_loss(lm_loss, router_loss, self.config.router_loss_weight),
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

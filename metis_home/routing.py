@@ -72,9 +72,7 @@ def check_router_labels(router_labels: Tensor, batch: int) -> None:
             raise BranchError(f"router_labels must be 0, 1 or {IGNORE} (ignore); found {sorted(wrong)}")
 
 
-def total_loss(lm_loss: Tensor | None, router_loss: Tensor | None, router_loss_weight: float) -> Tensor | None:
-    """L_prediction + router_loss_weight * L_router, of those that are there."""
-    if router_loss is None:
-        return lm_loss
+def total_loss(lm_loss: Tensor | None, router_loss: Tensor, router_loss_weight: float) -> Tensor:
+    """L_prediction + router_loss_weight * L_router; the latter alone where there are no labels to predict."""
     weighted = router_loss_weight * router_loss
     return weighted if lm_loss is None else lm_loss + weighted.to(lm_loss.device)
