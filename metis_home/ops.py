@@ -103,9 +103,12 @@ def branch_ffn(
     While training, both experts are called, the one without rows on 0 rows: its gradients are then zeros instead of
     missing, and all ranks of a distributed run issue the same collectives in the same order.
     """
-    plan = branch_ids
-    if not isinstance(plan, BranchPlan):
-        plan = plan_branches(plan, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
+    plan: int | BranchPlan
+    # This runs for every layer and token: one branch of a forward whose plan was made takes the short way.
+    if isinstance(branch_ids, BranchPlan) or (type(branch_ids) is int and 0 <= branch_ids <= 1):
+        plan = branch_ids
+    else:
+        plan = plan_branches(branch_ids, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
     # One branch, unless the kernels were asked for by name: the modules themselves, so bit for bit the dense model.
     chosen = _chosen(backend)
     kernels = None if chosen == "auto" and isinstance(plan, int) else _kernels(chosen, x_BTD.device)
@@ -125,8 +128,9 @@ def branch_ffn(
 
 
 def _one_branch(x_BTD: Tensor, experts: Sequence[nn.Module] | nn.ModuleList, branch: int) -> Tensor:
-    if not _calls_every_expert(experts):
-        return experts[branch](x_BTD)
+    expert = experts[branch]
+    if not _calls_every_expert(expert):
+        return expert(x_BTD)
     other = 1 - branch
     # Index order on every rank, whichever branch it trains.
     outputs = {index: experts[index](x_BTD if index == branch else x_BTD[:0]) for index in (0, 1)}
@@ -137,7 +141,7 @@ def _by_rows(x_BTD: Tensor, experts: Sequence[nn.Module] | nn.ModuleList, rows: 
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     y_ND: Tensor | None = None
     for expert, index in zip(experts, rows, strict=True):
-        if index.numel() == 0 and not _calls_every_expert(experts):
+        if index.numel() == 0 and not _calls_every_expert(expert):
             continue
         part = expert(x_ND.index_select(0, index))
         if y_ND is None:
@@ -148,8 +152,9 @@ def _by_rows(x_BTD: Tensor, experts: Sequence[nn.Module] | nn.ModuleList, rows: 
     return y_ND.view_as(x_BTD)
 
 
-def _calls_every_expert(experts: Sequence[nn.Module] | nn.ModuleList) -> bool:
-    return experts[0].training or _is_sharded(experts[0])
+def _calls_every_expert(expert: nn.Module) -> bool:
+    """Must both experts of a layer be called, the one without rows on 0 rows? `expert` is either of them."""
+    return expert.training or _is_sharded(expert)
 
 
 def _is_sharded(expert: nn.Module) -> bool:
