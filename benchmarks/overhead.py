@@ -65,7 +65,8 @@ def build() -> tuple[MetisHomeForConditionalGeneration, list[Qwen2_5_VLForCondit
         ).eval()
         names = {name: dense_name_of(name, branch) for name in model.state_dict()}
         state = {names[name]: tensor for name, tensor in model.state_dict().items() if names[name] is not None}
-        twin.load_state_dict(state)
+        # The same tensors, not copies: where weights lie in memory would else be timed too, and decoding only reads them.
+        twin.load_state_dict(state, assign=True)
         twins.append(twin)
     return model, twins
 
