@@ -15,17 +15,9 @@ HERE = pathlib.Path(__file__).parent.resolve()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: longer sweeps, not in the default run")
     paths = [pathlib.Path(str(argument).split("::")[0]).resolve() for argument in config.args]
     if all(path == HERE or HERE in path.parents for path in paths):
         os.environ["TRITON_INTERPRET"] = "1"
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = config.getoption("-m")
-    for item in items:
-        if "slow" in item.keywords and "slow" not in chosen:
-            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
 @pytest.fixture(autouse=True)
