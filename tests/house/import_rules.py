@@ -54,7 +54,7 @@ OPTIONAL = {
         "peft",
     ),
     *("matplotlib", "datasets", "math_verify", "vllm", "gguf", "liger_kernel", "tensorboard", "wandb", "cv2", "av"),
-    *("sklearn", "scipy", "openai", "bm25s", "pyarrow", "pandas", "pydantic", "sympy", "lmms_eval", "vlmeval", "httpx"),
+    *("sklearn", "scipy", "openai", "bm25s", "pyarrow", "pandas", "pydantic", "lmms_eval", "vlmeval"),
 }
 
 
