@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 def find_what_is_there(name, path=None, target=None):
     return None if name.partition(".")[0] in {sorted(OPTIONAL)} else find_spec(name, path, target)
-PathFinder.find_spec = find_what_is_there
+PathFinder.find_spec = staticmethod(find_what_is_there)
 """
 
 
