@@ -66,6 +66,25 @@ def load_image(source: ImageSource, *, allow_remote: bool = False) -> Image.Imag
     )
 
 
+def image_size(source: ImageSource, *, allow_remote: bool = False) -> tuple[int, int]:
+    """Read (width, height), in pixels, as they stand in the file, without decoding a pixel.
+
+    `load_image` turns a picture that lies on its side; this tells the size before that.
+
+    Raises:
+        ProcessorError: as `load_image`, but for pixels that cannot be decoded.
+    """
+    if isinstance(source, Image.Image):
+        return _check_size(source, "image")
+    if isinstance(source, bytes):
+        return _check_size(_open_header(io.BytesIO(source), f"image of {len(source)} bytes"), "image")
+    if isinstance(source, (str, os.PathLike)) and not os.fspath(source).startswith("data:") and not allow_remote:
+        address = os.fspath(source)
+        with _open_file(address) as file:
+            return _check_size(_open_header(file, address), address)
+    return load_image(source, allow_remote=allow_remote).size
+
+
 def load_message_images(messages: list[Message], *, allow_remote: bool = False) -> list[Message]:
     """Return the conversation with every image opened: `{"type": "image", "image": PIL image}`.
 
@@ -196,26 +215,33 @@ def _load_address(address: str, allow_remote: bool) -> Image.Image:
         except _BROKEN_FILE as error:
             raise ProcessorError(f"{_short(address)}: cannot be fetched: {error}") from error
         return _decode(fetched, _short(address))
+    with _open_file(address) as file:
+        return _open(file, address)
+
+
+def _open_file(address: str) -> IO[bytes]:
     if "://" in address or address.startswith("file:"):
         raise ProcessorError(_refusal("image", address))
     path = Path(address).expanduser()
     if not path.is_file():  # also devices and pipes, which never end
         raise ProcessorError(f"{_short(address)}: no such image file.")
-    with path.open("rb") as file:
-        return _open(file, str(path))
+    return path.open("rb")
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
+    return _decode(_open_header(file, name), name)
+
+
+def _open_header(file: IO[bytes], name: str) -> Image.Image:
     try:
-        image = Image.open(file, formats=IMAGE_FORMATS)  # reads the header only
+        return Image.open(file, formats=IMAGE_FORMATS)
     except _BOMB as error:
         raise ProcessorError(f"{name}: {error}") from error
     except _BROKEN_FILE as error:
         raise ProcessorError(f"{name}: not a readable {', '.join(IMAGE_FORMATS)} image ({error}).") from error
-    return _decode(image, name)
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _check_size(image: Image.Image, name: str) -> tuple[int, int]:
     width, height = image.size
     if not width or not height:
         raise ProcessorError(f"{name}: is empty, {width} x {height} pixels.")
@@ -225,6 +251,11 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ProcessorError(f"{name}: is {width} x {height} pixels, longer than {MAX_ASPECT_RATIO} : 1. Crop it.")
+    return width, height
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image, name)
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
