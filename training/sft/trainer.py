@@ -1,0 +1,359 @@
+"""`MetisSFTTrainer`: Stage-SFT on two-branch models, a subclass of transformers' Trainer.
+
+Each row goes through the branch that its label names (teacher forcing), and both losses are normalised over the whole
+optimizer step (see `losses.py`). What is only about data, freezing, logs, adapters or routers stands in files of its own.
+
+Shapes: B batch, T tokens, S supervised tokens, Q queries (B, or the segments of packed rows).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ...errors import TrainingError, UnsupportedError
+from ...modeling import MetisHomeForConditionalGeneration
+from ..data.batching import TokenBudgetSampler
+from ..data.collate import PackingCollator, PaddingCollator
+from ..data.encode import Encoder
+from ..freezing import freeze_parameters, set_of, trainable_sets
+from ..nan_guard import NanGuard
+from ..vision_presence import VisionPresence
+from .config import MetisSFTConfig
+from .dataset import RecordDataset, Source, as_records
+from .journal import Journal
+from .losses import count_targets, losses_per_token, query_losses, step_loss
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from ...modeling import MetisHomeCausalLMOutputWithPast
+    from ...processing import MetisHomeProcessor
+
+_NOT_FOR_THE_MODEL = ("record_index",)
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one micro-batch gave."""
+
+    outputs: "MetisHomeCausalLMOutputWithPast"
+    lm_losses_S: Tensor
+    router_losses_Q: Tensor | None
+
+
+class MetisSFTTrainer(Trainer):
+    """Trains a two-branch model on records: `MetisSFTTrainer(model, args, train_dataset=records, ...).train()`.
+
+    Args:
+        model: a `MetisHomeForConditionalGeneration`.
+        args: a `MetisSFTConfig`.
+        train_dataset: records, rows (mappings), or the path of a file of rows.
+        eval_dataset: the same, or {name: the same}.
+        processing_class: the model's `MetisHomeProcessor`; saved with every checkpoint.
+        peft_config: train adapters instead of the weights, see `branch_lora_config`; then `freeze` stays empty.
+        **trainer_kwargs: `callbacks`, `optimizers`, `compute_metrics`, ... as for `Trainer`.
+    Raises:
+        DataError: rows that cannot be used, all of them listed. RecipeError: impossible freeze sets.
+        TrainingError: nothing to train, or a router that should train and no row says what it should answer.
+    Source: Metis-HOME (arXiv 2510.20519), Stage-SFT.
+    """
+
+    # For transformers that ask (> 5.16); for all others, `model_accepts_loss_kwargs` below says the same.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MetisSFTConfig,
+        *,
+        train_dataset: Source | None = None,
+        eval_dataset: Source | Mapping[str, Source] | None = None,
+        processing_class: "MetisHomeProcessor | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **trainer_kwargs,
+    ) -> None:
+        _check_arguments(model, args, processing_class)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config, args)
+        else:
+            freeze_parameters(model, trainable_sets(args.freeze, args.train_only))
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._two_branch: MetisHomeForConditionalGeneration = base
+        self._trains = {name for name, p in base.named_parameters() if p.requires_grad}
+        if not self._trains:
+            raise TrainingError("no parameter trains: check `freeze` or the adapter's target_modules.")
+        self.trains_router = any(set_of(name) == "router" for name in self._trains)
+        weight = args.router_loss_weight
+        self.router_loss_weight = float(base.config.router_loss_weight if weight is None else weight)
+
+        self._encoder = Encoder(processing_class, system_prompt=args.system_prompt, max_length=args.max_length)
+        self._check_data = args.check_data
+        self._cache_gib = args.cache_gib
+        train = None if train_dataset is None else self._dataset(train_dataset)
+        if train is not None and self.trains_router and all(record.mode is None for record in train.records):
+            raise TrainingError(
+                "the router should train, and no row has a mode (thinking or non_thinking): nothing tells it what is "
+                "right. Label the rows, or freeze the router: freeze=['router']."
+            )
+        if isinstance(eval_dataset, Mapping):
+            evaluated = {name: self._dataset(source) for name, source in eval_dataset.items()}
+        else:
+            evaluated = None if eval_dataset is None else self._dataset(eval_dataset)
+        pad = processing_class.tokenizer.pad_token_id
+        self._eval_collator = PaddingCollator(pad)
+        collator = PackingCollator(base.config, pad) if args.packing else self._eval_collator
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train,
+            eval_dataset=evaluated,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **trainer_kwargs,
+        )
+        if self.args.n_gpu > 1:
+            raise TrainingError(
+                f"{self.args.n_gpu} GPUs and one process: start one process per GPU, for example "
+                "`torchrun --nproc-per-node 8 -m metis_home.cli train ...` or `accelerate launch ...`."
+            )
+        # `compute_loss` normalises over the whole step: Trainer must not divide by the accumulation once more.
+        self.model_accepts_loss_kwargs = True
+        self._sampler: TokenBudgetSampler | None = None
+        self._presence = VisionPresence(base)
+        self._train_journal = Journal(self.accelerator)
+        self._eval_journal = Journal(self.accelerator)
+        self.add_callback(_StepCallback(self))
+        self._guard: NanGuard | None = None
+        if args.stop_on_nan:
+            self._guard = NanGuard(self.accelerator, self._record_name, lambda: self.deepspeed)
+            self.add_callback(self._guard)
+
+    # Losses
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """Take the micro-batches of one optimizer step, and count what its losses are divided by, over all ranks."""
+        batches: list[dict[str, Tensor]] = []
+        for batch in epoch_iterator:
+            batches.append(batch)
+            if len(batches) == num_batches:
+                break
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        counts = count_targets(batches, device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, object]:
+        """This micro-batch's share of the step's loss, times the number of ranks (which average their gradients).
+
+        Args:
+            num_items_in_batch: (2,), supervised tokens and labelled queries of the step; None: of this batch.
+        """
+        is_training = model.training
+        counts = num_items_in_batch
+        if counts is None or counts.shape != (2,):
+            counts = count_targets([inputs], inputs["labels"].device)
+        forward = self._forward(model, inputs)
+        loss = step_loss(forward.lm_losses_S, forward.router_losses_Q, counts, self._effective_router_weight)
+        journal = self._train_journal if is_training else self._eval_journal
+        journal.add(inputs, forward)
+        if is_training:
+            loss = loss * self.accelerator.num_processes
+            if self._guard is not None:
+                self._guard.watch(loss, inputs["record_index"])
+        return (loss, forward.outputs) if return_outputs else loss
+
+    @property
+    def _effective_router_weight(self) -> float:
+        # A frozen router learns nothing, and its loss should not push the embeddings that it reads.
+        return self.router_loss_weight if self.trains_router else 0.0
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Forward:
+        arguments = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        with losses_per_token(self._two_branch), self._presence.ensured(arguments):
+            outputs = model(**arguments, use_cache=False)
+        labels = inputs.get("router_labels")
+        losses = None if labels is None else query_losses(outputs.router_logits, labels)
+        return Forward(outputs, outputs.lm_loss, losses)
+
+    # Evaluation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss (both parts), logits and labels of one evaluation batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs.logits.detach(), inputs["labels"]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer; the metrics are those of the whole data set, however it was batched and spread over ranks."""
+        self._eval_journal.clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        report = self._eval_journal.report(
+            self._source_of(dataloader.dataset), self._effective_router_weight, each_record_once=True
+        )
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in report.items()})
+        return output
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """As in Trainer, also for records, rows and paths; evaluation pads and never packs."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | RecordDataset):
+            eval_dataset = self._dataset(eval_dataset)
+        training_collator, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; the training logs also say what `metrics.summarize` and `Journal` report."""
+        if "loss" in logs and "learning_rate" in logs and not self._train_journal.is_empty:
+            assert isinstance(self.train_dataset, RecordDataset)
+            report = self._train_journal.report(self._source_of(self.train_dataset), self._effective_router_weight)
+            report.pop("loss", None)  # Trainer's own is the same: the mean over the steps since the last log
+            logs.update(report)
+            self._train_journal.clear()
+        super().log(logs, start_time)
+
+    # Optimizer
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As in Trainer; the router's parameters get `router_learning_rate` where one is set."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.router_learning_rate
+        if rate is None or not self.trains_router:
+            return optimizer
+        router = {id(p) for name, p in self._two_branch.named_parameters() if set_of(name) == "router"}
+        for group in list(optimizer.param_groups):
+            theirs = [p for p in group["params"] if id(p) in router]
+            if theirs:
+                group["params"] = [p for p in group["params"] if id(p) not in router]
+                settings = {key: value for key, value in group.items() if key not in {"params", "lr", "initial_lr"}}
+                optimizer.add_param_group({**settings, "params": theirs, "lr": rate})
+        return optimizer
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer; with `max_tokens_per_batch`, batches are filled by tokens."""
+        if self.args.max_tokens_per_batch is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        if self._sampler is None:
+            self._sampler = TokenBudgetSampler(
+                self._encoder.lengths(self.train_dataset.records),
+                self.args.max_tokens_per_batch,
+                self.args.seed if self.args.data_seed is None else self.args.data_seed,
+                packed=self.args.packing,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+            )
+        # Not `accelerator.prepare`: the sampler already gives each rank its own batches.
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def _dataset(self, source: Source) -> RecordDataset:
+        records = as_records(source)
+        if self._check_data:
+            from ..data.check import check_records
+
+            check_records(records, purpose="sft", encoder=self._encoder).raise_if_bad()
+        return RecordDataset(records, self._encoder, cache_gib=self._cache_gib)
+
+    def _record_name(self, index: int) -> str:
+        assert isinstance(self.train_dataset, RecordDataset)
+        return self.train_dataset.name(index)
+
+    @staticmethod
+    def _source_of(dataset: RecordDataset):
+        return lambda index: dataset.records[index].source
+
+
+class _StepCallback(TrainerCallback):
+    """What has to happen around the steps of the trainer."""
+
+    def __init__(self, trainer: MetisSFTTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._trainer._train_journal.clear()
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        if self._trainer._sampler is not None:
+            self._trainer._sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer = self._trainer
+        if trainer.trains_router:
+            trainer._two_branch.config.router_trained = True
+        # A checkpoint forgets what was not logged yet, so a resumed run would log other numbers than this one.
+        if control.should_save:
+            control.should_log = True
+        return control
+
+
+def _check_arguments(model: nn.Module, args: MetisSFTConfig, processor: object) -> None:
+    if not isinstance(args, MetisSFTConfig):
+        raise TrainingError(f"args must be a MetisSFTConfig; found {type(args).__name__}")
+    if not isinstance(model, MetisHomeForConditionalGeneration):
+        raise TrainingError(
+            f"the model is a {type(model).__name__}; Stage-SFT trains a MetisHomeForConditionalGeneration. "
+            "A dense model becomes one with `metis-home convert DENSE OUT`."
+        )
+    if processor is None:
+        raise TrainingError("pass processing_class=MetisHomeProcessor.from_pretrained(...): rows are encoded with it.")
+    if args.use_liger_kernel:
+        raise UnsupportedError(
+            "use_liger_kernel replaces the model's loss and FFN, which are our own: set it to False."
+        )
+
+
+def _with_adapter(model: nn.Module, peft_config: "PeftConfig", args: MetisSFTConfig) -> nn.Module:
+    if args.freeze or args.train_only:
+        raise TrainingError(
+            "with an adapter the adapter says what trains (target_modules, modules_to_save): leave `freeze` and "
+            "`train_only` empty."
+        )
+    from .lora import add_adapter
+
+    return add_adapter(model, peft_config)
