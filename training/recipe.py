@@ -47,6 +47,8 @@ class ModelSection:
     min_pixels: int | None = None
     max_pixels: int | None = None
     """Smallest and largest image area in pixels; default: the processor's own."""
+    shape: Literal["3b", "7b", "32b", "72b"] | None = None
+    """Which Qwen2.5-VL it is; only `--estimate` reads it, and only while `path` holds no checkpoint yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,18 +91,26 @@ def shipped_recipes() -> list[str]:
     return sorted(entry.name for entry in _shipped("recipes").iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), stand_ins: Mapping[str, str] | None = None
+) -> Recipe:
     """Read a recipe, put `key.sub=value` pairs over it, and check every key and value.
 
     Args:
         path: a YAML file, or the name of a shipped recipe such as `home_sft.yaml`.
         overrides: each `key.sub=value`; the value is read as YAML (`[a, b]` is a list, `null` is none).
+        stand_ins: {"key.sub": value} for settings that nobody gave, where the caller does not need them.
     Raises:
         RecipeError: no such recipe, no YAML, unknown or missing keys, values of a wrong type.
     """
     tree = _read(path)
     for override in overrides:
         _put(tree, override)
+    for key, value in (stand_ins or {}).items():
+        section, _, name = key.partition(".")
+        part = tree.get(section)
+        if part is None or (isinstance(part, dict) and part.get(name) is None):
+            _put(tree, f"{key}={value}")
     return parse_recipe(tree, str(path))
 
 

@@ -13,17 +13,17 @@ import typer
 
 from metis_home.errors import MetisHomeError
 
-from . import answer, checkpoints, doctor
+from . import answer, checkpoints, doctor, train
 
 app = typer.Typer(
     name="metis-home",
-    help="Hybrid-thinking VLMs: convert, route, answer.",
+    help="Hybrid-thinking VLMs: convert, train, route, answer, evaluate.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (checkpoints, answer, doctor):
+for module in (checkpoints, train, answer, doctor):
     module.add_commands(app)
 
 _debug = False
