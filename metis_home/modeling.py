@@ -8,14 +8,13 @@ Shapes: B batch, T tokens, D hidden size, E branches (2).
 
 # No `from __future__ import annotations`: transformers reads `config: MetisHomeConfig` of these classes as a type.
 import re
-from dataclasses import dataclass
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLAttention,
@@ -39,9 +38,20 @@ from .configuration import MetisHomeConfig, MetisHomeTextConfig
 from .errors import BranchError, CheckpointError
 from .generation import RoutedGenerationMixin
 from .link_bundle import is_bundle, load_bundle
-from .router import IGNORE, MetisHomeRouter, RouterDecision, decide, router_cross_entropy
+from .outputs import MetisHomeCausalLMOutputWithPast, MetisHomeModelOutputWithPast
+from .router import MetisHomeRouter, RouterDecision, decide, router_cross_entropy
 from .router_layout import router_tensors
-from .routing import check_router_labels, routable_mask, teacher_forced, total_loss
+from .routing import (
+    ask_router,
+    branch_per_token,
+    check_query_ids,
+    check_router_labels,
+    prompt_mask,
+    routable_mask,
+    teacher_forced,
+    total_loss,
+    without_first_tokens,
+)
 
 register_layouts()
 _OURS = re.compile(r"\.mlp\.experts\.|(^|\.)router\.")  # parameters that no dense checkpoint has
@@ -230,12 +240,14 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         branch_ids: BranchIds | None = None,
         router_labels: Tensor | None = None,
         router_mask: Tensor | None = None,
+        query_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> "MetisHomeModelOutputWithPast":
+    ) -> MetisHomeModelOutputWithPast:
         """As in transformers, with the routing arguments of `MetisHomeForConditionalGeneration.forward`, and
 
         Args:
-            router_mask: (B, T), true at the tokens that the router may read; default: `attention_mask`.
+            router_mask: (B, T), true at the tokens that the router may read; default: `attention_mask`, or for packed
+                rows all tokens of a query.
         """
         embeds = self.embed(
             input_ids,
@@ -249,16 +261,23 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
         batch, tokens = embeds.shape[:2]
         if branch_ids is not None:
             branch_ids = check_branch_ids(branch_ids, batch, tokens)
+        if query_ids is not None:
+            if past_key_values is not None:
+                raise BranchError("packed rows (query_ids) cannot continue a cache: leave past_key_values out")
+            check_query_ids(query_ids, batch, tokens, router_labels, attention_mask, position_ids)
+            use_cache = False  # with a cache, transformers does not look for packed rows and lets them see each other
         branch_ids = branch_for_cache(past_key_values, branch_ids)
         router_logits = None
         if branch_ids is None or router_labels is not None:
-            if router_mask is None:
+            if router_mask is None and query_ids is None:
                 router_mask = routable_mask(batch, tokens, attention_mask, position_ids, kwargs)
             backend = ops.check_backend(self.config.text_config.ffn_implementation)
-            decision = ops.route_queries(embeds, router_mask, self.router, backend=backend)
+            decision = ask_router(self.router, embeds, router_mask, query_ids, router_labels, backend)
             router_logits = decision.logits
             if branch_ids is None:
                 branch_ids = teacher_forced(decision, router_labels)
+                if query_ids is not None:
+                    branch_ids = branch_per_token(branch_ids, query_ids)
 
         outputs = super().forward(
             input_ids=input_ids,
@@ -284,28 +303,6 @@ class MetisHomeModel(MetisHomePreTrainedModel, Qwen2_5_VLModel):
             router_logits=router_logits,
             branch_ids=branch_ids,
         )
-
-
-@dataclass
-class MetisHomeModelOutputWithPast(BaseModelOutputWithPast):
-    """`router_logits`: (B, 2) float32 where the router ran, else None. `branch_ids`: what the layers used."""
-
-    router_logits: Tensor | None = None
-    branch_ids: int | Tensor | None = None
-
-
-@dataclass
-class MetisHomeCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`loss` = `lm_loss` + router_loss_weight * `router_loss`, each there when its labels are.
-
-    `router_logits`: (B, 2) float32 where the router ran, else None. `branch_ids`: what the layers used, an int or a
-    tensor of shape (B,) or (B, T).
-    """
-
-    router_logits: Tensor | None = None
-    branch_ids: int | Tensor | None = None
-    lm_loss: Tensor | None = None
-    router_loss: Tensor | None = None
 
 
 class MetisHomeForConditionalGeneration(
@@ -341,6 +338,7 @@ class MetisHomeForConditionalGeneration(
         mm_encoder_outputs: dict | None = None,
         branch_ids: BranchIds | None = None,
         router_labels: Tensor | None = None,
+        query_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetisHomeCausalLMOutputWithPast:
         """As `Qwen2_5_VLForConditionalGeneration.forward`, and
@@ -350,26 +348,34 @@ class MetisHomeForConditionalGeneration(
                 None: continue the cache's branch; else take `router_labels`; else ask the router (threshold 0.5).
             router_labels: (B,), the branch that each query should have, -100 where unknown. Rows are then sent to that
                 branch (teacher forcing, unless branch_ids says otherwise) and the router's loss is added.
-                The router reads prompt tokens only: those where `labels` is -100.
+                The router reads prompts only: with `labels`, the tokens before the first that is supervised.
+            query_ids: (B, T), for packed rows: the query of each token, -1 at padding. Queries are numbered 0 to S - 1
+                over the batch; router_labels and router_logits are then per query, (S,) and (S, 2). Needs position_ids
+                (4, B, T) that start again at each query, and no attention_mask. See `PackingCollator`.
         Returns:
             `MetisHomeCausalLMOutputWithPast`.
         Raises:
-            BranchError: branch_ids or router_labels that name no branch or do not fit the batch; packed rows without
-                branch_ids. CacheBranchError: a cache of another branch.
+            BranchError: branch_ids, router_labels or query_ids that name no branch or do not fit the batch; packed rows
+                without branch_ids and query_ids. CacheBranchError: a cache of another branch.
         Source: Metis-HOME, L_total = L_prediction + L_router.
         """
         router_mask = None
+        hidden = input_ids if input_ids is not None else inputs_embeds
+        may_route = branch_ids is None and past_key_values is None
         if router_labels is not None:
-            hidden = input_ids if input_ids is not None else inputs_embeds
             if hidden is None:
                 raise BranchError("router_labels need a prompt: pass input_ids or inputs_embeds; found neither")
-            batch, tokens = hidden.shape[:2]
-            check_router_labels(router_labels, batch)
+            check_router_labels(router_labels, hidden.shape[0] if query_ids is None else None)
             router_labels = router_labels.to(hidden.device)
-            router_mask = routable_mask(batch, tokens, attention_mask, position_ids, kwargs)
+        if hidden is not None and query_ids is not None:
+            check_query_ids(query_ids, *hidden.shape[:2], router_labels, attention_mask, position_ids)
+        if hidden is not None and (router_labels is not None or (labels is not None and may_route)):
+            if query_ids is None:
+                router_mask = routable_mask(*hidden.shape[:2], attention_mask, position_ids, kwargs)
             if labels is not None:
-                prompt = labels == IGNORE
-                router_mask = prompt if router_mask is None else prompt & router_mask.bool()
+                router_mask = prompt_mask(labels, router_mask, query_ids)
+        if labels is not None and query_ids is not None:
+            labels = without_first_tokens(labels, query_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -387,6 +393,7 @@ class MetisHomeForConditionalGeneration(
             branch_ids=branch_ids,
             router_labels=router_labels,
             router_mask=router_mask,
+            query_ids=query_ids,
             return_dict=True,
             **kwargs,
         )
@@ -425,6 +432,7 @@ class MetisHomeForConditionalGeneration(
         video_grid_thw: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         router_threshold: float | None = None,
+        query_ids: Tensor | None = None,
         **ignored,
     ) -> RouterDecision:
         """Ask the router about each query without answering: embeddings, vision tower and router run, no decoder layer.
@@ -433,6 +441,7 @@ class MetisHomeForConditionalGeneration(
             input_ids, attention_mask, ...: the prompts, as for `forward` and `generate`; further inputs of a processor
                 (`mm_token_type_ids`, ...) are taken and not needed.
             router_threshold: think where P(thinking) >= this; default: the generation config's, else 0.5.
+            query_ids: (B, T), for packed prompts: the query of each token, -1 at padding; decisions are per query.
         Raises:
             BranchError: a threshold outside [0, 1], or rows that are no single query.
         """
@@ -446,7 +455,9 @@ class MetisHomeForConditionalGeneration(
             mm_encoder_outputs,
         )
         batch, tokens = embeds.shape[:2]
-        mask = routable_mask(batch, tokens, attention_mask, ignored.get("position_ids"), ignored)
+        mask = None
+        if query_ids is None:
+            mask = routable_mask(batch, tokens, attention_mask, ignored.get("position_ids"), ignored)
         backend = ops.check_backend(self.config.text_config.ffn_implementation)
-        decision = ops.route_queries(embeds, mask, self.model.router, backend=backend)
+        decision = ask_router(self.model.router, embeds, mask, query_ids, None, backend)
         return decide(decision.logits, self._router_threshold(router_threshold))

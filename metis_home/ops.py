@@ -170,7 +170,8 @@ def route_queries(
 
     Args:
         x_BTD: input embeddings with visual features merged in, (B, T, D).
-        mask_BT: true at prompt tokens, (B, T); None means all.
+        mask_BT: true at prompt tokens, (B, T); None means all. With x of shape (1, T, D) it may have any number of
+            rows: queries whose tokens stand in one row (the modules then do it, on every backend).
         router: the model's router.
         backend: see the module's head.
     Raises:
@@ -179,6 +180,8 @@ def route_queries(
     kernels = _kernels(_chosen(backend), x_BTD.device)
     if kernels is not None:
         usable, reason = kernels.can_route(x_BTD, router)
+        if usable and mask_BT is not None and mask_BT.shape[0] != x_BTD.shape[0]:
+            usable, reason = False, "several queries share a row"
         if usable:
             branch_ids_B, probability_B, logits_BE = kernels.route_queries(x_BTD, mask_BT, router)
             return RouterDecision(branch_ids=branch_ids_B, thinking_probability=probability_B, logits=logits_BE)

@@ -60,9 +60,10 @@ class MetisHomeRouter(nn.Module):
 
         Args:
             x_BTD: input embeddings with visual features merged in, (B, T, D), any float dtype.
-            mask_BT: true (or 1) at prompt tokens, false at padding and at answer tokens, (B, T); None means all.
+            mask_BT: true (or 1) at prompt tokens, false at padding and at answer tokens, (B, T); None means all. With
+                x of shape (1, T, D) it may have any number of rows: queries whose tokens stand in one row.
         Returns:
-            Logits, (B, 2), float32.
+            Logits, (B, 2), float32; one row per row of the mask.
         """
         with torch.autocast(device_type=x_BTD.device.type, enabled=False):
             pooled_BD = self.pool(x_BTD.float(), mask_BT)
@@ -71,12 +72,14 @@ class MetisHomeRouter(nn.Module):
             return F.linear(hidden_BH, self.output.weight.float(), self.output.bias.float())
 
     def pool(self, x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Pool the masked tokens of float32 `x_BTD` to (B, D)."""
+        """Pool the masked tokens of float32 `x_BTD` to (B, D); B is that of the mask."""
         if mask_BT is None:
             mask_BT = torch.ones(x_BTD.shape[:2], device=x_BTD.device)
         mask_BT = mask_BT.to(device=x_BTD.device, dtype=torch.bool)
+        is_shared = x_BTD.shape[0] == 1 != mask_BT.shape[0]
         # Padding may hold anything, also NaN: 0 * NaN would survive a product.
-        x_BTD = x_BTD.masked_fill(~mask_BT[..., None], 0.0)
+        read_BT = mask_BT.any(0, keepdim=True) if is_shared else mask_BT
+        x_BTD = x_BTD.masked_fill(~read_BT[..., None], 0.0)
         if self.query is None:
             weight_BT = mask_BT.to(x_BTD.dtype)
             weight_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1.0)
@@ -84,8 +87,10 @@ class MetisHomeRouter(nn.Module):
             direction_BTD = x_BTD * torch.rsqrt(x_BTD.square().mean(-1, keepdim=True) + ROUTER_EPS)
             score_BT = direction_BTD @ self.query.float() * x_BTD.shape[-1] ** -0.5
             # A finite floor: a row without prompt tokens would otherwise be softmax(-inf, ...) = NaN.
-            score_BT = score_BT.masked_fill(~mask_BT, torch.finfo(score_BT.dtype).min)
+            score_BT = score_BT.expand(mask_BT.shape).masked_fill(~mask_BT, torch.finfo(score_BT.dtype).min)
             weight_BT = score_BT.softmax(-1) * mask_BT
+        if is_shared:
+            return weight_BT @ x_BTD[0]
         return torch.einsum("bt,btd->bd", weight_BT, x_BTD)
 
 
