@@ -1,0 +1,20 @@
+"""An image of 60 KB that claims 30,000 x 30,000 pixels, one that is cut, one that is no image, and a good one."""
+
+import struct
+import zlib
+
+from PIL import Image
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+header = struct.pack(">IIBBBBB", 30000, 30000, 8, 0, 0, 0, 0)
+with open("bomb.png", "wb") as file:
+    file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))))
+Image.new("RGB", (64, 64), "red").save("good.png")
+with open("good.png", "rb") as good, open("cut.png", "wb") as cut:
+    cut.write(good.read()[:40])
+with open("text.png", "w") as file:
+    file.write("no image")

@@ -1,0 +1,79 @@
+"""What a program left in its folder, read when nothing runs any more: regular files within limits, nothing else.
+
+Links, pipes, sockets and devices are never followed or opened; they are named as left out.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+
+MAX_DEPTH = 8
+MAX_NAME_BYTES = 200
+_LISTED = 20  # so many names of left out files are reported
+
+Stamp = tuple[int, int, int]
+Snapshot = dict[str, Stamp]
+
+
+def snapshot(root: str) -> Snapshot:
+    """A stamp (inode, size, time of change in ns) for every regular file; nothing inside can forge the last one."""
+    return {name: stamp for name, _, stamp in _regular_files(root, [])}
+
+
+def collect(
+    root: str, before: Snapshot, *, max_files: int, max_bytes: int
+) -> tuple[list[tuple[str, bytes]], list[str], list[str]]:
+    """Return (changed files, names that are still there, what was left out and why)."""
+    changed: list[tuple[str, bytes]] = []
+    kept: list[str] = []
+    left_out: list[str] = []
+    total = 0
+    for name, path, stamp in sorted(_regular_files(root, left_out)):
+        if len(kept) >= max_files:
+            left_out.append(f"{name}: more than {max_files} files")
+            continue
+        if total + stamp[1] > max_bytes:  # the size it claims: a sparse file counts in full
+            left_out.append(f"{name}: {stamp[1]} bytes, more than {max_bytes} in all")
+            continue
+        total += stamp[1]
+        kept.append(name)
+        if before.get(name) != stamp:
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                changed.append((name, file.read(stamp[1])))
+    if len(left_out) > _LISTED:
+        left_out = [*left_out[:_LISTED], f"and {len(left_out) - _LISTED} more"]
+    return changed, kept, left_out
+
+
+def is_plain_name(name: str) -> bool:
+    """A relative path of harmless components: printable, no dots that climb, not hidden at the top, not too long."""
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and len(parts) <= MAX_DEPTH
+        and all(part not in ("", ".", "..") and len(part.encode()) <= MAX_NAME_BYTES for part in parts)
+    )
+
+
+def _regular_files(root: str, left_out: list[str]) -> Iterator[tuple[str, str, Stamp]]:
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                name = os.path.join(folder, entry.name)
+                if not is_plain_name(name):
+                    left_out.append(f"{name[:80]!r}: not a plain name, or too deep")
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    folders.append(name)
+                elif stat.S_ISREG(status.st_mode):
+                    yield name, entry.path, (status.st_ino, status.st_size, status.st_ctime_ns)
+                else:
+                    left_out.append(f"{name}: {_kind(status.st_mode)}")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "not a regular file")
