@@ -36,6 +36,10 @@ class RolloutEngine(Protocol):
         """Answer with the weights of `model` (unwrapped) from now on. Nothing to do where weights are shared."""
         ...
 
+    def seed(self, seed: int) -> None:
+        """Begin the engine's random numbers anew; the same seed and prompts give the same rollouts."""
+        ...
+
     def state_dict(self) -> dict[str, object]:
         """What is needed to go on sampling exactly here: random states. Tensors and plain values only."""
         ...

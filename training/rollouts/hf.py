@@ -88,6 +88,10 @@ class HFEngine:
     def update_weights(self, model: nn.Module) -> None:
         """Nothing: the weights are shared."""
 
+    def seed(self, seed: int) -> None:
+        """See `RolloutEngine.seed`."""
+        self.generator.manual_seed(seed)
+
     def state_dict(self) -> dict[str, object]:
         """The random state."""
         return {"generator": self.generator.get_state()}
