@@ -121,9 +121,9 @@ def _processor(recipe: Recipe):
 
 
 def _records(recipe: Recipe, sources: Sequence[str]) -> "list[Record]":
-    from .data import load_records, renumbered
+    from .data.records import load_records
 
-    return renumbered([load_records(source, image_root=recipe.data.image_root) for source in sources])
+    return [record for source in sources for record in load_records(source, image_root=recipe.data.image_root)]
 
 
 def _checkpoint(output_dir: Path) -> str:

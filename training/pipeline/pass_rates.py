@@ -1,0 +1,194 @@
+"""Pass rates: sample N answers to each prompt, verify each, and keep all of it.
+
+    p = (correct answers) / (answers that could be judged)
+
+Source: Metis-RISE (arXiv 2506.13056): what the RL-trained model solves always, sometimes and never decides what it is
+taught next. N is not published; 8 is ours.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from metis_home.branch import Branch
+from metis_home.errors import DataError, OutputError
+
+from ..rollouts.types import Sampling, make_prompt
+from ..verifier import verify_answer
+from .shards import ShardFile
+
+if TYPE_CHECKING:
+    from ..data.encode import Encoder
+    from ..data.records import Record
+    from ..rollouts.engine import RolloutEngine
+    from ..rollouts.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a run will do at most."""
+
+    prompts: int
+    rollouts: int
+    prompt_tokens: int
+    max_new_tokens: int
+    """Tokens that are generated if every answer is as long as allowed."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompts} prompts x {self.rollouts // max(1, self.prompts)} samples = {self.rollouts} rollouts; "
+            f"{self.prompt_tokens} prompt tokens, at most {self.max_new_tokens} new ones"
+        )
+
+
+def cost_of(records: "Sequence[Record]", encoder: "Encoder", *, samples: int, max_new_tokens: int) -> Cost:
+    """Count what `pass_rates` would do, without generating."""
+    rollouts = samples * len(records)
+    return Cost(
+        prompts=len(records),
+        rollouts=rollouts,
+        prompt_tokens=sum(encoder.count(record).prompt for record in records),
+        max_new_tokens=rollouts * max_new_tokens,
+    )
+
+
+def pass_rates(
+    engine: "RolloutEngine",
+    encoder: "Encoder",
+    records: "Sequence[Record]",
+    *,
+    samples: int,
+    sampling: Sampling,
+    out: Path,
+    settings: dict[str, object],
+    seed: int = 0,
+    prompts_per_unit: int = 16,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Callable[[str], None] = logger.info,
+) -> bool:
+    """Sample, verify and write one line per prompt to `out` (JSONL): id, pass_rate, samples, correct, completions.
+
+    The work is cut into units of `prompts_per_unit` prompts; unit u is done by rank u % world_size, with random numbers
+    that depend on `seed` and u only. So a run that was stopped goes on where it was and ends with the same file.
+
+    Args:
+        samples: N, answers per prompt.
+        settings: what the run depends on beside this call (model, data), compared when it is resumed.
+        say: gets a line about the time left now and then.
+    Returns:
+        Whether `out` is complete (False where other ranks are still at work).
+    Raises:
+        DataError: golds that cannot be judged, listed. OutputError: `out` exists, or was begun with other settings.
+    """
+    if out.exists():
+        raise OutputError(f"{out} already exists. Use another --out, or --overwrite.")
+    _refuse_unjudgeable(records)
+    units = [records[start : start + prompts_per_unit] for start in range(0, len(records), prompts_per_unit)]
+    file = ShardFile(
+        out,
+        rank,
+        world_size,
+        {
+            **settings,
+            "samples": samples,
+            "sampling": _plain(sampling),
+            "seed": seed,
+            "prompts_per_unit": prompts_per_unit,
+            "rows": rows_digest(records),
+        },
+    )
+    file.open()
+    mine = [number for number in range(len(units)) if number % world_size == rank]
+    todo = [number for number in mine if number not in file.units]
+    if len(todo) < len(mine):
+        say(f"{len(mine) - len(todo)} of {len(mine)} units are there already")
+    for number, seconds_left in _timed(todo):
+        if seconds_left is not None:
+            say(f"unit {number + 1} of {len(units)}, about {seconds_left / 60:.1f} minutes left")
+        engine.seed(unit_seed(seed, number))
+        prompts = [make_prompt(record, encoder, index=record.index) for record in units[number]]
+        groups = engine.generate(prompts, samples, sampling)
+        file.add(number, [_line(record, group) for record, group in zip(units[number], groups, strict=True)])
+    return file.finish(len(units))
+
+
+def unit_seed(seed: int, unit: int) -> int:
+    """Seed of one unit of work; units of one run do not share random numbers."""
+    return xxhash.xxh64(f"{seed}/{unit}".encode()).intdigest() >> 1
+
+
+def rows_digest(records: "Sequence[Record]") -> str:
+    """Tells whether two lists of records ask the same."""
+    digest = xxhash.xxh128()
+    for record in records:
+        digest.update(f"{record.id}\0{record.answer}\0{record.kind}\0".encode())
+    return digest.hexdigest()
+
+
+def _line(record: "Record", group: "Sequence[Rollout]") -> dict[str, object]:
+    completions = []
+    for rollout in group:
+        verdict = verify_answer(rollout.text, record.answer or "", record.kind)
+        # An answer that a limit cut is not a solution, whatever stands in it.
+        correct = verdict.correct if rollout.finished or verdict.correct is None else False
+        completions.append(
+            {
+                "text": rollout.text,
+                "correct": correct,
+                "extracted": verdict.extracted,
+                "tokens": rollout.policy_tokens,
+                "finished": rollout.finished,
+                "branch": None if rollout.branch is None else int(rollout.branch),
+            }
+        )
+    judged = [completion["correct"] for completion in completions if completion["correct"] is not None]
+    return {
+        "id": record.id,
+        "index": record.index,
+        "source": record.source,
+        "answer": record.answer,
+        "samples": len(group),
+        "correct": sum(bool(correct) for correct in judged),
+        "judged": len(judged),
+        "pass_rate": sum(bool(correct) for correct in judged) / len(judged) if judged else None,
+        "completions": completions,
+    }
+
+
+def _refuse_unjudgeable(records: "Sequence[Record]") -> None:
+    from ..verifier import gold_problem
+
+    bad = []
+    for record in records:
+        problem = "no answer" if not record.answer else gold_problem(record.answer, record.kind)
+        if problem is not None:
+            bad.append(f"  row {record.index} ({record.id}): {problem}")
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(records)} rows have no gold that can be judged:\n"
+            + "\n".join(bad)
+            + "\nMend or remove "
+            "them; `metis-home check-rewards DATA` shows how golds are read."
+        )
+
+
+def _timed(units: list[int]) -> Iterator[tuple[int, float | None]]:
+    """Each unit with the seconds that are probably left; None for the first, of which nothing is known."""
+    started = time.monotonic()
+    for done, unit in enumerate(units):
+        yield unit, (time.monotonic() - started) / done * (len(units) - done) if done else None
+
+
+def _plain(sampling: Sampling) -> dict[str, object]:
+    plain = asdict(sampling)
+    if isinstance(sampling.branch, Branch):
+        plain["branch"] = int(sampling.branch)
+    return plain
