@@ -90,7 +90,7 @@ class TokenBudgetSampler:
         self._epoch = self._start = 0
         # The same number in every epoch: trainers count the steps of a run once, and resume by it.
         first = self._composed(0, 0)
-        self._batches_per_rank = -(-int(len(first) * _SLACK) // world_size) if len(first) > 1 else 1
+        self._batches_per_rank = -(-int(len(first) * _SLACK) // world_size)
         self.repeated = max(0, self._batches_per_rank * world_size - len(lengths))
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from metis_home.branch import Branch
 from metis_home.errors import DataError
 from metis_home.media import Message, image_size, load_message_images
 from metis_home.prompts import SYSTEM_PROMPT, thinking_prefix
@@ -198,8 +197,3 @@ def fitting_records(records: Sequence[Record], encoder: Encoder) -> list[Record]
             "left out %d of %d rows: more than %d tokens", len(records) - len(kept), len(records), encoder.max_length
         )
     return kept
-
-
-def branch_of(example: Example) -> Branch | None:
-    """The branch that should answer an example; None where it has no label."""
-    return None if example.router_label == IGNORE else Branch(example.router_label)
