@@ -91,9 +91,7 @@ def shipped_recipes() -> list[str]:
     return sorted(entry.name for entry in _shipped("recipes").iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(
-    path: str | Path, overrides: Iterable[str] = (), stand_ins: Mapping[str, str] | None = None
-) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), stand_ins: Mapping[str, str] | None = None) -> Recipe:
     """Read a recipe, put `key.sub=value` pairs over it, and check every key and value.
 
     Args:
@@ -103,14 +101,14 @@ def load_recipe(
     Raises:
         RecipeError: no such recipe, no YAML, unknown or missing keys, values of a wrong type.
     """
-    tree = _read(path)
+    tree = read_tree(path)
     for override in overrides:
-        _put(tree, override)
+        put(tree, override)
     for key, value in (stand_ins or {}).items():
         section, _, name = key.partition(".")
         part = tree.get(section)
         if part is None or (isinstance(part, dict) and part.get(name) is None):
-            _put(tree, f"{key}={value}")
+            put(tree, f"{key}={value}")
     return parse_recipe(tree, str(path))
 
 
@@ -120,13 +118,13 @@ def parse_recipe(tree: Mapping[str, object], name: str = "recipe") -> Recipe:
     Raises:
         RecipeError: as `load_recipe`.
     """
-    _refuse_unknown(tree, [entry.name for entry in fields(Recipe)], name, "")
+    refuse_unknown(tree, [entry.name for entry in fields(Recipe)], name, "")
     stage = tree.get("stage")
     if stage not in _CONFIG_OF:
         raise RecipeError(f"{name}: stage is {stage!r}. Expected one of {', '.join(_CONFIG_OF)}.")
-    model = _section(ModelSection, tree.get("model"), name, "model")
-    data = _section(DataSection, _listed(tree.get("data"), ("train", "eval")), name, "data")
-    lora = None if tree.get("lora") is None else _section(LoraSection, tree["lora"], name, "lora")
+    model = parse_section(ModelSection, tree.get("model"), name, "model")
+    data = parse_section(DataSection, _listed(tree.get("data"), ("train", "eval")), name, "data")
+    lora = None if tree.get("lora") is None else parse_section(LoraSection, tree["lora"], name, "lora")
     training = _fields(_config_class(str(stage)), tree.get("training") or {}, name, "training")
     if not training.get("output_dir"):
         raise RecipeError(f"{name}: training.output_dir is missing. Add training.output_dir=DIR.")
@@ -145,7 +143,12 @@ def _shipped(folder: str) -> Any:
     return files("metis_home.training") / folder
 
 
-def _read(path: str | Path) -> dict[str, object]:
+def read_tree(path: str | Path) -> dict[str, object]:
+    """Read the YAML of a file or of a shipped recipe, unchecked.
+
+    Raises:
+        RecipeError: no such recipe, or no YAML mapping.
+    """
     import yaml
 
     file: Any = Path(path)
@@ -165,8 +168,12 @@ def _read(path: str | Path) -> dict[str, object]:
     return tree
 
 
-def _put(tree: dict[str, object], override: str) -> None:
-    """Set one `key.sub=value` in the tree."""
+def put(tree: dict[str, object], override: str) -> None:
+    """Set one `key.sub=value` in the tree, the value read as YAML.
+
+    Raises:
+        RecipeError: it is no setting, or goes below something that has no parts.
+    """
     import yaml
 
     path, equals, text = override.partition("=")
@@ -194,10 +201,15 @@ def _listed(section: object, names: tuple[str, ...]) -> object:
     return {key: [value] if key in names and isinstance(value, str) else value for key, value in section.items()}
 
 
-def _section(kind: type, values: object, name: str, where: str) -> Any:
+def parse_section(kind: type, values: object, name: str, where: str) -> Any:
+    """Build the dataclass `kind` from a mapping; `name` and `where` say in messages what is read.
+
+    Raises:
+        RecipeError: unknown or missing keys, values of a wrong type.
+    """
     settings = _fields(kind, values if values is not None else {}, name, where)
     missing = [
-        f"{where}.{entry.name}"
+        f"{_prefix(where)}{entry.name}"
         for entry in fields(kind)
         if entry.default is MISSING and entry.default_factory is MISSING and settings.get(entry.name) is None
     ]
@@ -212,7 +224,7 @@ def _fields(kind: type, values: object, name: str, where: str) -> dict[str, obje
 
     if not isinstance(values, Mapping):
         raise RecipeError(f"{name}: {where} is {values!r}. Expected a mapping of settings.")
-    _refuse_unknown(values, [entry.name for entry in fields(kind) if entry.init], name, f"{where}.")
+    refuse_unknown(values, [entry.name for entry in fields(kind) if entry.init], name, _prefix(where))
     hints = get_type_hints(kind)
     required = {entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING}
     checked: dict[str, object] = {}
@@ -225,13 +237,22 @@ def _fields(kind: type, values: object, name: str, where: str) -> dict[str, obje
             )
         except ValidationError as error:
             problems = "; ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
-            raise RecipeError(f"{name}: {where}.{key} is {value!r}: {problems}") from error
+            raise RecipeError(f"{name}: {_prefix(where)}{key} is {value!r}: {problems}") from error
         except PydanticUserError:  # a field of a class that pydantic cannot read from YAML, such as a config object
             checked[key] = value
     return checked
 
 
-def _refuse_unknown(values: Mapping[str, object], known: list[str], name: str, prefix: str) -> None:
+def _prefix(where: str) -> str:
+    return f"{where}." if where else ""
+
+
+def refuse_unknown(values: Mapping[str, object], known: list[str], name: str, prefix: str) -> None:
+    """Raise where a key is none of `known`, and name the nearest.
+
+    Raises:
+        RecipeError: such a key.
+    """
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)

@@ -20,7 +20,6 @@ from metis_home.responses import parse_response
 from ..data.formats import build_response, format_problem
 
 if TYPE_CHECKING:
-    from ..data.encode import Encoder
     from ..data.records import Record
 
 
@@ -67,8 +66,8 @@ class ExpertEndpoint:
     """Seconds per request."""
     concurrency: int = 8
 
-    def answers(self, records: "Sequence[Record]", encoder: "Encoder") -> dict[str, list[str]]:
-        """Ask for every record; {id: responses}.
+    def answers(self, records: "Sequence[Record]", system_prompt: str | None) -> dict[str, list[str]]:
+        """Ask for every record; {id: responses}. Conversations without a system message get `system_prompt`.
 
         A request that fails after the client's own retries gives no answer for that prompt; if all fail, that is an
         error.
@@ -87,7 +86,7 @@ class ExpertEndpoint:
             try:
                 reply = client.chat.completions.create(
                     model=self.model,
-                    messages=[_openai_message(message) for message in encoder.messages(record)],  # type: ignore[misc]
+                    messages=_openai_messages(record.messages, system_prompt),  # type: ignore[arg-type]
                     n=self.tries,
                     max_tokens=self.max_tokens,
                     temperature=self.temperature,
@@ -121,6 +120,13 @@ def _from_parts(reasoning: object, answer: object) -> str:
     if not isinstance(reasoning, str) or not isinstance(answer, str):
         raise TypeError("reasoning and answer must be texts")
     return build_response(reasoning, answer, Branch.THINKING)
+
+
+def _openai_messages(messages: list[Message], system_prompt: str | None) -> list[dict[str, Any]]:
+    asked = [_openai_message(message) for message in messages]
+    if system_prompt is None or messages[0]["role"] == "system":
+        return asked
+    return [{"role": "system", "content": system_prompt}, *asked]
 
 
 def _openai_message(message: Message) -> dict[str, Any]:

@@ -1,0 +1,210 @@
+"""`metis-home pass-rates`, `build-sft` and `rise`: what Metis-RISE does between and around the two trainings."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from metis_home.errors import OutputError
+
+from .answer import DtypeChoice
+
+if TYPE_CHECKING:
+    from metis_home.training.data.records import Record
+
+PASS_RATES_HELP = """Sample answers to every prompt of DATA, verify them, write the pass rates and the answers.
+
+A run that was stopped goes on where it was; under torchrun the ranks share the prompts. The cost is printed first.
+
+Example: metis-home pass-rates reasoner-7b prompts.jsonl --samples 8 --out rates.jsonl
+"""
+BUILD_SFT_HELP = """Make the rows of Stage-SFT from DATA and its pass rates.
+
+Solved always: dropped. Sometimes: the model's own correct answers. Never: a correct answer of an expert.
+
+Example: metis-home build-sft prompts.jsonl --pass-rates rates.jsonl --expert gold.jsonl --non-thinking vqa.jsonl --out sft.jsonl
+"""
+RISE_HELP = """All stages of RECIPE: RL, pass rates, SFT set, convert, Stage-SFT, evaluate; goes on where it was stopped.
+
+Example: metis-home rise rise.yaml model=reasoner-7b prompts=prompts.jsonl non_thinking=vqa.jsonl held_out=test.jsonl output_dir=out
+"""
+
+Out = Annotated[Path, typer.Option("--out", help="File to write; it appears when it is complete.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this file to `app`."""
+    app.command("pass-rates", help=PASS_RATES_HELP)(pass_rates)
+    app.command("build-sft", help=BUILD_SFT_HELP)(build_sft)
+    app.command("rise", help=RISE_HELP)(rise)
+
+
+def pass_rates(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Dense or two-branch (its thinking branch answers).")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Rows with golds.")],
+    out: Out,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8192,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Sample from this much probability mass.")] = 1.0,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens decoded at once.")] = 65536,
+    prompts_per_unit: Annotated[int, typer.Option(min=1, help="Prompts that are written together.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
+    seed: Seed = 0,
+    dtype: Annotated[DtypeChoice, typer.Option(help="Type of the loaded weights.")] = DtypeChoice.AUTO,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: this rank's GPU, else cpu.")] = "auto",
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print the cost and stop.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write pass rates."""
+    from metis_home.branch import Branch
+    from metis_home.training.data.encode import Encoder
+    from metis_home.training.data.records import load_records
+    from metis_home.training.loading import load_model, load_processor
+    from metis_home.training.pipeline.pass_rates import cost_of, pass_rates as run
+    from metis_home.training.rollouts import HFEngine, Sampling
+    from metis_home.training.rollouts.vocabulary import end_token_ids, unsampled_token_ids
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    records = load_records(data)[:limit]
+    processor = load_processor(model)
+    encoder = Encoder(processor)
+    cost = cost_of(records, encoder, samples=samples, max_new_tokens=max_new_tokens)
+    if rank == 0:
+        _say(str(cost))
+    if estimate:
+        return
+    if overwrite and rank == 0:
+        for old in [out, *out.parent.glob(f"{out.name}.*-of-*.part")]:
+            old.unlink(missing_ok=True)
+    loaded = load_model(model, dtype=dtype.value, device=_device(device)).eval()
+    engine = HFEngine(loaded, processor.tokenizer, max_tokens=batch_tokens)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        branch=Branch.THINKING if engine.has_branches else None,
+        eos_token_ids=end_token_ids(processor.tokenizer),
+        suppress_token_ids=unsampled_token_ids(loaded.config, processor.tokenizer),
+    )
+    complete = run(
+        engine,
+        encoder,
+        records,
+        samples=samples,
+        sampling=sampling,
+        out=out,
+        settings={"model": model, "data": data, "system_prompt": encoder.system_prompt},
+        seed=seed,
+        prompts_per_unit=prompts_per_unit,
+        rank=rank,
+        world_size=world_size,
+        say=_say,
+    )
+    if complete:
+        print(out)
+    else:
+        _say(f"rank {rank} is done; the last rank writes {out}")
+
+
+def build_sft(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="The rows that the pass rates are of.")],
+    rates: Annotated[
+        list[Path], typer.Option("--pass-rates", help="What pass-rates wrote; several times for several.")
+    ],
+    out: Out,
+    expert: Annotated[Path | None, typer.Option(help="Expert answers: lines of id and response.")] = None,
+    expert_url: Annotated[str | None, typer.Option(help="Expert endpoint that speaks OpenAI's protocol.")] = None,
+    expert_model: Annotated[str | None, typer.Option(help="Name of the expert's model.")] = None,
+    expert_tries: Annotated[int, typer.Option(min=1, help="Answers asked of the expert for each prompt.")] = 1,
+    non_thinking: Annotated[str | None, typer.Option(help="Rows of the non-thinking part.")] = None,
+    ratio: Annotated[float, typer.Option(min=0, help="Non-thinking rows per thinking row.")] = 1.0,
+    pick: Annotated[str, typer.Option(help="Of several correct answers: shortest, or all.")] = "shortest",
+    exclude: Annotated[str | None, typer.Option(help="Held-out rows that must not be taught.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write the rows of Stage-SFT."""
+    if pick not in ("shortest", "all"):
+        raise typer.BadParameter(f"--pick is shortest or all; found {pick!r}.")
+    if (expert_url is None) != (expert_model is None):
+        raise typer.BadParameter("--expert-url and --expert-model go together.")
+    if expert is not None and expert_url is not None:
+        raise typer.BadParameter("--expert and --expert-url: choose one.")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} already exists. Use another --out, or --overwrite.")
+    from metis_home.prompts import SYSTEM_PROMPT
+    from metis_home.training.data.records import load_records
+    from metis_home.training.pipeline.experts import ExpertEndpoint, answers_from_file
+    from metis_home.training.pipeline.report import draw_histogram, report_json, report_lines
+    from metis_home.training.pipeline.sft_set import build_sft_set, never_solved, read_pass_rates
+
+    records, known = load_records(data), read_pass_rates(rates)
+    records = [record for record in records if record.id in known]
+    answers = None
+    if expert is not None:
+        answers = answers_from_file(expert)
+    elif expert_url is not None:
+        endpoint = ExpertEndpoint(
+            base_url=expert_url,
+            model=expert_model or "",
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            tries=expert_tries,
+        )
+        wanted = never_solved(records, known)
+        _say(f"asking {expert_model} about {len(wanted)} prompts")
+        answers = endpoint.answers(wanted, SYSTEM_PROMPT)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    direct: list[Record] = [] if non_thinking is None else load_records(non_thinking)
+    held_out: list[Record] = [] if exclude is None else load_records(exclude)
+    report = build_sft_set(
+        records,
+        known,
+        out,
+        expert=answers,
+        non_thinking=direct,
+        ratio=ratio,
+        pick=pick,  # type: ignore[arg-type]
+        exclude=held_out,
+        seed=seed,
+    )
+    out.with_suffix(".report.json").write_text(json.dumps(report_json(report), indent=2) + "\n", encoding="utf-8")
+    draw_histogram(report, out.with_suffix(".pass-rates.png"))
+    if as_json:
+        print(json.dumps(report_json(report)))
+    else:
+        print("\n".join(report_lines(report)))
+
+
+def rise(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file, or rise.yaml.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE...", help="Settings that replace the recipe's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and stop.")] = False,
+) -> None:
+    """Carry out all stages."""
+    from metis_home.training.pipeline.rise import load_rise_recipe, run_rise
+
+    loaded = load_rise_recipe(recipe, settings or [])
+    run_rise(loaded, say=print if dry_run else _say, dry_run=dry_run)
+    if not dry_run:
+        print(loaded.output_dir)
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
