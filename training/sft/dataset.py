@@ -52,12 +52,12 @@ def as_records(source: Source) -> list[Record]:
         DataError: rows cannot be read. TrainingError: there is no row.
     """
     if isinstance(source, Sequence) and not isinstance(source, str) and all(isinstance(r, Record) for r in source):
-        records = list(source)
+        records = [record for record in source if isinstance(record, Record)]
     else:
         records = load_records(source)
     if not records:
         raise TrainingError("the data set has no rows: nothing to train or evaluate on.")
-    return records  # type: ignore[return-value]
+    return records
 
 
 def _size(example: "Example") -> int:

@@ -44,7 +44,8 @@ class Journal:
     def add(self, inputs: Mapping[str, Tensor], forward: "Forward") -> None:
         """Note the queries of one micro-batch."""
         self._lines.append(query_lines(inputs, forward))
-        self._tokens.append(_num_tokens(inputs))
+        if "features" not in inputs:  # of those, the router reads one vector per prompt
+            self._tokens.append(_num_tokens(inputs))
 
     def report(
         self, source_of: Callable[[int], str], router_loss_weight: float, *, each_record_once: bool = False
@@ -55,8 +56,8 @@ class Journal:
             source_of: the source of a record, by index.
             each_record_once: leave out repetitions, which fill up the last evaluation batch of a distributed run.
         Returns:
-            What `metrics.summarize` says, and tokens_per_second (all ranks, since `clear`) and memory_gib (the peak of
-            this process: the accelerator's where there is one, else the resident set).
+            What `metrics.summarize` says; queries_per_second and tokens_per_second (all ranks, since `clear`; padding does
+            not count); memory_gib (the peak of this process: the accelerator's where there is one, else the resident set).
         """
         device = self._accelerator.device
         lines = torch.cat(self._lines) if self._lines else torch.zeros(0, metrics.NUM_COLUMNS, device=device)
@@ -71,7 +72,10 @@ class Journal:
             table = table[np.unique(table[:, metrics.RECORD], return_index=True)[1]]
         sources = [source_of(int(index)) for index in table[:, metrics.RECORD]]
         report = metrics.summarize(table, sources, router_loss_weight)
-        report["tokens_per_second"] = float(tokens) / (time.perf_counter() - self._since)
+        seconds = time.perf_counter() - self._since
+        report["queries_per_second"] = len(table) / seconds
+        if self._tokens:
+            report["tokens_per_second"] = float(tokens) / seconds
         report["memory_gib"] = peak_memory_gib(device)
         return report
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...router import IGNORE
+from .replacing import replaced
 
 
 def supervised_targets(labels_BT: Tensor) -> Tensor:
@@ -48,16 +49,8 @@ def token_losses(logits: Tensor, labels: Tensor, vocab_size: int, **ignored: obj
 @contextmanager
 def losses_per_token(model: nn.Module) -> Iterator[None]:
     """Within it, `model(labels=...)` returns `lm_loss` as one number per supervised token instead of their mean."""
-    had = "_loss_function" in model.__dict__
-    before = model.__dict__.get("_loss_function")
-    model.loss_function = token_losses
-    try:
+    with replaced(model, "_loss_function", token_losses):  # what the setter of `loss_function` sets
         yield
-    finally:
-        if had:
-            model.loss_function = before
-        else:
-            del model._loss_function
 
 
 def query_losses(router_logits_QE: Tensor, router_labels_Q: Tensor) -> Tensor:

@@ -29,10 +29,10 @@ def summarize(lines: NDArray[np.floating], sources: Sequence[str], router_loss_w
         query), router_accuracy, router_auc, router_ece, thinking_ratio, thinking_ratio/<source> (the router's own
         decision at 0.5, in [0, 1]).
     """
-    lines = np.asarray(lines, dtype=np.float64)
-    report: dict[str, float] = {}
-    report.update(_lm(lines))
-    routed = lines[~np.isnan(lines[:, PROBABILITY])]
+    table: NDArray[np.float64] = np.asarray(lines, dtype=np.float64)
+    report = _lm(table)
+    is_routed = ~np.isnan(table[:, PROBABILITY])
+    routed = table[is_routed]
     labelled = routed[routed[:, LABEL] >= 0]
     if len(labelled):
         is_thinking = labelled[:, LABEL] == Branch.THINKING
@@ -47,7 +47,9 @@ def summarize(lines: NDArray[np.floating], sources: Sequence[str], router_loss_w
     if parts:
         report["loss"] = report.get("lm_loss", 0.0) + router_loss_weight * report.get("router_loss", 0.0)
     if len(routed):
-        report.update(_thinking_ratios(routed, [sources[i] for i in np.flatnonzero(~np.isnan(lines[:, PROBABILITY]))]))
+        report.update(
+            _thinking_ratios(routed, [source for source, is_in in zip(sources, is_routed, strict=True) if is_in])
+        )
     return report
 
 

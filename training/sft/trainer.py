@@ -6,9 +6,10 @@ optimizer step (see `losses.py`). What is only about data, freezing, logs, adapt
 Shapes: B batch, T tokens, S supervised tokens, Q queries (B, or the segments of packed rows).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ...errors import TrainingError, UnsupportedError
+from ...branch import Branch
+from ...errors import RecipeError, TrainingError, UnsupportedError
 from ...modeling import MetisHomeForConditionalGeneration
 from ..data.batching import TokenBudgetSampler
+from ..data.check import check_records
 from ..data.collate import PackingCollator, PaddingCollator
 from ..data.encode import Encoder
+from ..data.formats import build_response
+from ..data.records import Record
 from ..freezing import freeze_parameters, set_of, trainable_sets
 from ..nan_guard import NanGuard
 from ..vision_presence import VisionPresence
@@ -28,22 +33,28 @@ from .config import MetisSFTConfig
 from .dataset import RecordDataset, Source, as_records
 from .journal import Journal
 from .losses import count_targets, losses_per_token, query_losses, step_loss
+from .plots import check_plotting, draw_curves
+from .replacing import replaced
+from .router_features import FeatureDataset, collate_features, router_forward
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from ...modeling import MetisHomeCausalLMOutputWithPast
+    from ...modeling import MetisHomeCausalLMOutputWithPast, MetisHomeModelOutputWithPast
     from ...processing import MetisHomeProcessor
 
 _NOT_FOR_THE_MODEL = ("record_index",)
+Rows = RecordDataset | FeatureDataset
+Collator = Callable[[list], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
     """What one micro-batch gave."""
 
-    outputs: "MetisHomeCausalLMOutputWithPast"
+    outputs: "MetisHomeCausalLMOutputWithPast | MetisHomeModelOutputWithPast"
     lm_losses_S: Tensor
+    """Empty where only the router ran."""
     router_losses_Q: Tensor | None
 
 
@@ -69,7 +80,7 @@ class MetisSFTTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: MetisHomeForConditionalGeneration,
         args: MetisSFTConfig,
         *,
         train_dataset: Source | None = None,
@@ -80,16 +91,20 @@ class MetisSFTTrainer(Trainer):
         **trainer_kwargs,
     ) -> None:
         _check_arguments(model, args, processing_class)
+        assert processing_class is not None  # checked above
+        self._two_branch = base = model
+        trained: nn.Module = model
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, args)
+            trained = _with_adapter(model, peft_config, args)
         else:
             freeze_parameters(model, trainable_sets(args.freeze, args.train_only))
-        base = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._two_branch: MetisHomeForConditionalGeneration = base
-        self._trains = {name for name, p in base.named_parameters() if p.requires_grad}
-        if not self._trains:
+        trained_sets = {set_of(name) for name, parameter in base.named_parameters() if parameter.requires_grad}
+        if not trained_sets:
             raise TrainingError("no parameter trains: check `freeze` or the adapter's target_modules.")
-        self.trains_router = any(set_of(name) == "router" for name in self._trains)
+        self.trains_router = "router" in trained_sets
+        self.trains_only_router = trained_sets == {"router"}
+        if self.trains_only_router:
+            _check_router_only(args)
         weight = args.router_loss_weight
         self.router_loss_weight = float(base.config.router_loss_weight if weight is None else weight)
 
@@ -102,16 +117,17 @@ class MetisSFTTrainer(Trainer):
                 "the router should train, and no row has a mode (thinking or non_thinking): nothing tells it what is "
                 "right. Label the rows, or freeze the router: freeze=['router']."
             )
+        evaluated: Rows | dict[str, Rows] | None
         if isinstance(eval_dataset, Mapping):
             evaluated = {name: self._dataset(source) for name, source in eval_dataset.items()}
         else:
             evaluated = None if eval_dataset is None else self._dataset(eval_dataset)
         pad = processing_class.tokenizer.pad_token_id
-        self._eval_collator = PaddingCollator(pad)
+        self._eval_collator: Collator = collate_features if self.trains_only_router else PaddingCollator(pad)
         collator = PackingCollator(base.config, pad) if args.packing else self._eval_collator
 
         super().__init__(
-            model=model,
+            model=trained,
             args=args,
             data_collator=collator,
             train_dataset=train,
@@ -160,7 +176,7 @@ class MetisSFTTrainer(Trainer):
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, object]:
+    ) -> Any:
         """This micro-batch's share of the step's loss, times the number of ranks (which average their gradients).
 
         Args:
@@ -186,6 +202,12 @@ class MetisSFTTrainer(Trainer):
         return self.router_loss_weight if self.trains_router else 0.0
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Forward:
+        if self.trains_only_router:
+            backend = self._two_branch.config.text_config.ffn_implementation
+            with router_forward(self._two_branch, self._two_branch.model.router, backend):
+                routed = model(features=inputs["features"], feature_mask=inputs["feature_mask"])
+            nothing = torch.zeros(0, device=routed.router_logits.device)
+            return Forward(routed, nothing, query_losses(routed.router_logits, inputs["router_labels"]))
         arguments = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
         with losses_per_token(self._two_branch), self._presence.ensured(arguments):
             outputs = model(**arguments, use_cache=False)
@@ -229,20 +251,17 @@ class MetisSFTTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """As in Trainer, also for records, rows and paths; evaluation pads and never packs."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str | RecordDataset):
+        if eval_dataset is not None and not isinstance(eval_dataset, str | Rows):
             eval_dataset = self._dataset(eval_dataset)
-        training_collator, self.data_collator = self.data_collator, self._eval_collator
-        try:
+        with replaced(self, "data_collator", self._eval_collator):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; the training logs also say what `metrics.summarize` and `Journal` report."""
         if "loss" in logs and "learning_rate" in logs and not self._train_journal.is_empty:
-            assert isinstance(self.train_dataset, RecordDataset)
+            assert isinstance(self.train_dataset, Rows)
             report = self._train_journal.report(self._source_of(self.train_dataset), self._effective_router_weight)
             report.pop("loss", None)  # Trainer's own is the same: the mean over the steps since the last log
             logs.update(report)
@@ -292,25 +311,33 @@ class MetisSFTTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
-    def _dataset(self, source: Source) -> RecordDataset:
+    def _dataset(self, source: Source) -> Rows:
         records = as_records(source)
         if self._check_data:
-            from ..data.check import check_records
-
-            check_records(records, purpose="sft", encoder=self._encoder).raise_if_bad()
+            # The router reads prompts: there, whatever stands in the place of a response is right.
+            rows = [_with_any_response(record) for record in records] if self.trains_only_router else records
+            check_records(rows, purpose="sft", encoder=self._encoder).raise_if_bad()
+        if self.trains_only_router:
+            return FeatureDataset(records, self._encoder, self._two_branch.model, cache_gib=self._cache_gib)
         return RecordDataset(records, self._encoder, cache_gib=self._cache_gib)
 
     def _record_name(self, index: int) -> str:
-        assert isinstance(self.train_dataset, RecordDataset)
+        assert isinstance(self.train_dataset, Rows)
         return self.train_dataset.name(index)
 
     @staticmethod
-    def _source_of(dataset: RecordDataset):
+    def _source_of(dataset: object) -> Callable[[int], str]:
+        assert isinstance(dataset, Rows)
         return lambda index: dataset.records[index].source
 
 
+def _with_any_response(record: Record) -> Record:
+    mode = Branch.NON_THINKING if record.mode is None else record.mode
+    return replace(record, response=build_response("-", "-", mode))
+
+
 class _StepCallback(TrainerCallback):
-    """What has to happen around the steps of the trainer."""
+    """What has to happen around the steps, and after the last one."""
 
     def __init__(self, trainer: MetisSFTTrainer) -> None:
         self._trainer = trainer
@@ -331,6 +358,10 @@ class _StepCallback(TrainerCallback):
             control.should_log = True
         return control
 
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if args.plots and state.is_world_process_zero:
+            draw_curves(state.log_history, Path(args.output_dir) / "plots")
+
 
 def _check_arguments(model: nn.Module, args: MetisSFTConfig, processor: object) -> None:
     if not isinstance(args, MetisSFTConfig):
@@ -342,10 +373,28 @@ def _check_arguments(model: nn.Module, args: MetisSFTConfig, processor: object) 
         )
     if processor is None:
         raise TrainingError("pass processing_class=MetisHomeProcessor.from_pretrained(...): rows are encoded with it.")
+    if args.plots:
+        check_plotting()
     if args.use_liger_kernel:
         raise UnsupportedError(
             "use_liger_kernel replaces the model's loss and FFN, which are our own: set it to False."
         )
+
+
+def _check_router_only(args: MetisSFTConfig) -> None:
+    """The router alone trains on features that are computed in this process, with the whole tower and embeddings."""
+    for name, value in (
+        ("packing", args.packing),
+        ("max_tokens_per_batch", args.max_tokens_per_batch),
+        ("dataloader_num_workers", args.dataloader_num_workers),
+        ("fsdp", args.fsdp),
+        ("deepspeed", args.deepspeed),
+    ):
+        if value:
+            raise RecipeError(
+                f"{name}={value!r} does not go with training the router alone, which runs no decoder and keeps one "
+                "small vector per prompt. Leave it out."
+            )
 
 
 def _with_adapter(model: nn.Module, peft_config: "PeftConfig", args: MetisSFTConfig) -> nn.Module:
