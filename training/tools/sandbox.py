@@ -198,7 +198,7 @@ def _run_enclosed(
     interpreter: Enclosed,
     environment: Mapping[str, str],
 ) -> SandboxResult:
-    header: wire.Header = {
+    header = {
         "limits": asdict(limits),
         "readable": interpreter.readable,
         "links": interpreter.links,
@@ -245,7 +245,7 @@ def call_launcher(module: str, request: bytes, limits: SandboxLimits) -> Sandbox
     return _result(report, received)
 
 
-def _result(report: wire.Header, received: wire.Files) -> SandboxResult:
+def _result(report: Mapping[str, object], received: wire.Files) -> SandboxResult:
     """The launcher's report in our words."""
     (_, stdout), (_, stderr), *changed = received
     exit_code, number = cast(int | None, report["exit_code"]), cast(int | None, report["signal"])

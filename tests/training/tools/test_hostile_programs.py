@@ -18,8 +18,8 @@ from metis_home.training.tools.sandbox import Sandbox, SandboxResult, describe_i
 
 MIB = 1 << 20
 LIMITS = SandboxLimits(
-    wall_seconds=3,
-    cpu_seconds=1,
+    wall_seconds=5,
+    cpu_seconds=2,
     process_bytes=512 * MIB,
     total_bytes=600 * MIB,
     processes=8,

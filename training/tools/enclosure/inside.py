@@ -5,19 +5,19 @@ It runs no line of the program, keeps no file of the outside open but its end of
 the kernel kills every process of its namespace.
 """
 
-import contextlib
+from __future__ import annotations
+
 import os
 import signal
-from typing import cast
 
 from . import collect, confine, kernel, mounts, watch, wire
 
 
-def run(header: wire.Header, files: wire.Files) -> bytes:
+def run(request: wire.Request, files: wire.Files) -> bytes:
     """Do everything and return the report."""
-    limits = cast(dict[str, float], header["limits"])
+    limits = request["limits"]
     kernel.make_mounts_private()
-    trees = mounts.copy_trees(cast(list[str], header["readable"]))
+    trees = mounts.copy_trees(request["readable"])
     watch.ignore_signals()
     os.setresgid(mounts.INNER_ID, mounts.INNER_ID, mounts.INNER_ID)
     os.setresuid(mounts.INNER_ID, mounts.INNER_ID, mounts.INNER_ID)
@@ -27,26 +27,26 @@ def run(header: wire.Header, files: wire.Files) -> bytes:
     proc = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
     mounts.build_root(
         trees,
-        cast(list[tuple[str, str]], header["links"]),
+        request["links"],
         files,
         scratch_bytes=int(limits["scratch_bytes"]),
         scratch_files=int(limits["scratch_files"]),
     )
     before = collect.snapshot(mounts.SCRATCH)
     scratch = os.open(mounts.SCRATCH, os.O_RDONLY | os.O_DIRECTORY)
-    outcome = _start_and_watch(header, limits, proc, scratch)
+    outcome = _start_and_watch(request, limits, proc, scratch)
     changed, kept, left_out = collect.collect(
         mounts.SCRATCH, before, max_files=int(limits["scratch_files"]), max_bytes=int(limits["scratch_bytes"])
     )
     return watch.report(outcome, changed, kept, left_out)
 
 
-def _start_and_watch(header: wire.Header, limits: dict[str, float], proc: int, scratch: int) -> watch.Outcome:
+def _start_and_watch(request: wire.Request, limits: dict[str, float], proc: int, scratch: int) -> watch.Outcome:
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
     child = os.fork()
     if child == 0:
-        argv, environment = cast(list[str], header["argv"]), cast(dict[str, str], header["environment"])
+        argv, environment = request["argv"], request["environment"]
         confine.become(argv, environment, limits, (out_write, err_write), enclosed=True)
     os.close(out_write)
     os.close(err_write)
@@ -60,5 +60,7 @@ def _start_and_watch(header: wire.Header, limits: dict[str, float], proc: int, s
 
 
 def _kill_all() -> None:
-    with contextlib.suppress(ProcessLookupError):
+    try:
         os.kill(-1, signal.SIGKILL)  # from the first process of a namespace: everything in it but itself
+    except ProcessLookupError:
+        return

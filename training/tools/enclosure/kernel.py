@@ -4,12 +4,10 @@ Numbers are those of the kernel's tables for x86_64 and aarch64 (`arch/x86/entry
 `include/uapi/asm-generic/unistd.h`); from 424 on they are the same everywhere.
 """
 
-import contextlib
 import ctypes
 import os
-import platform
 
-MACHINE = platform.machine()
+MACHINE = os.uname().machine
 ARCHITECTURES = ("x86_64", "aarch64")
 _COLUMN = ARCHITECTURES.index(MACHINE) if MACHINE in ARCHITECTURES else 0
 _CLONE, _PIVOT_ROOT, _CAPSET = (56, 220)[_COLUMN], (155, 41)[_COLUMN], (126, 91)[_COLUMN]
@@ -110,7 +108,6 @@ def drop_all_capabilities() -> None:
             prctl(PR_CAPBSET_DROP, capability)
         except OSError:
             break  # past the last one this kernel knows, or none to drop
-    with contextlib.suppress(OSError):
-        prctl(PR_CAP_AMBIENT, 4)  # PR_CAP_AMBIENT_CLEAR_ALL
+    prctl(PR_CAP_AMBIENT, 4)  # PR_CAP_AMBIENT_CLEAR_ALL
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     _syscall("capset", _CAPSET, bytes(header), bytes((ctypes.c_uint32 * 6)()))

@@ -4,7 +4,8 @@ Runs as `python -I -S` in a process of its own with a clean environment, so that
 without touching the caller, who may have threads and a GPU.
 """
 
-import contextlib
+from __future__ import annotations
+
 import os
 import signal
 import sys
@@ -17,17 +18,17 @@ _UNPRIVILEGED_ID = 65534  # nobody: whom root becomes outside, as limits and per
 def main() -> None:
     """Report {"error": ...} where the enclosure cannot be made; exit status 0 either way."""
     kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # the caller is gone: so is all this
-    header, files = wire.unpack(sys.stdin.buffer.read())
+    request, files = wire.unpack(sys.stdin.buffer.read())
     try:
         _prefer_as_victim()
-        report = _enclose(header, files)
+        report = _enclose(request, files)  # type: ignore[arg-type]  # our own caller wrote it
     except OSError as error:
         report = wire.pack({"error": f"{error} (errno {error.errno})"}, [])
     if report:
         _send(report)
 
 
-def _enclose(header: wire.Header, files: wire.Files) -> bytes | None:
+def _enclose(request: wire.Request, files: wire.Files) -> bytes | None:
     """Clone into new namespaces; what runs there sends its report itself."""
     is_root = os.geteuid() == 0
     if is_root:
@@ -38,7 +39,7 @@ def _enclose(header: wire.Header, files: wire.Files) -> bytes | None:
         try:
             os.close(mapped_write)
             if os.read(mapped_read, 1):  # nothing: the launcher failed and reports why
-                _send(inside.run(header, files))
+                _send(inside.run(request, files))
         except BaseException as error:
             _send(wire.pack({"error": f"{type(error).__name__}: {error}"}, []))
         finally:
@@ -63,9 +64,10 @@ def _map_ids(child: int, is_root: bool) -> None:
 
 
 def _prefer_as_victim() -> None:
-    """Where memory runs out all the same, the kernel ends this first."""
-    with contextlib.suppress(OSError):
-        _write("/proc/self/oom_score_adj", "1000")
+    """Where memory runs out all the same, the kernel ends this first; without /proc it chooses by size."""
+    path = "/proc/self/oom_score_adj"
+    if os.access(path, os.W_OK):
+        _write(path, "1000")
 
 
 def _write(path: str, text: str) -> None:

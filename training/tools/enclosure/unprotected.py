@@ -1,10 +1,8 @@
 """The launcher of `unsafe_local`: limits and a deadline, but no walls. The program has all rights of the user."""
 
-import contextlib
 import os
 import signal
 import sys
-from typing import cast
 
 from . import collect, confine, kernel, watch, wire
 
@@ -16,15 +14,15 @@ def main() -> None:
     if sys.platform == "linux":
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         kernel.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans come to us, and so can be ended
-    header, _ = wire.unpack(sys.stdin.buffer.read())
-    folder, limits = cast(str, header["folder"]), cast(dict[str, float], header["limits"])
+    request, _ = wire.unpack(sys.stdin.buffer.read())
+    folder, limits = request["folder"], request["limits"]
     os.chdir(folder)
     before = collect.snapshot(folder)
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
     child = os.fork()
     if child == 0:
-        argv, environment = cast(list[str], header["argv"]), cast(dict[str, str], header["environment"])
+        argv, environment = request["argv"], request["environment"]
         confine.become(argv, environment, limits, (out_write, err_write), enclosed=False)
     os.close(out_write)
     os.close(err_write)
@@ -36,15 +34,13 @@ def main() -> None:
 
 def _kill_all(child: int) -> None:
     """The program's group, and whatever is our child by now; called until there is none."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child, signal.SIGKILL)
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = [int(pid) for pid in file.read().split()]
     except OSError:
-        return
-    for pid in children:
+        children = []
+    for pid in (-child, *children):
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):
             continue

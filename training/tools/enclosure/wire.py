@@ -6,24 +6,39 @@ The header's "files" lists [name, size] in order. Only the launcher and the trus
 them; the program inside has neither end of the pipe.
 """
 
+from __future__ import annotations
+
 import json
 import struct
-from collections.abc import Sequence
 
+TYPE_CHECKING = False  # as typing's, without the 10 ms that importing typing takes
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import TypedDict
+
+    class Request(TypedDict):
+        """The header of what a launcher reads."""
+
+        limits: dict[str, float]
+        argv: list[str]
+        environment: dict[str, str]
+        readable: list[str]
+        links: list[tuple[str, str]]
+        folder: str
+
+
+Files = list[tuple[str, bytes]]
 _LENGTH = struct.Struct(">Q")
 
-Header = dict[str, object]
-Files = list[tuple[str, bytes]]
 
-
-def pack(header: Header, files: Sequence[tuple[str, bytes]]) -> bytes:
+def pack(header: Mapping[str, object], files: Sequence[tuple[str, bytes]]) -> bytes:
     """One message."""
     listed = {**header, "files": [[name, len(content)] for name, content in files]}
     encoded = json.dumps(listed).encode()
     return b"".join([_LENGTH.pack(len(encoded)), encoded, *(content for _, content in files)])
 
 
-def unpack(message: bytes) -> tuple[Header, Files]:
+def unpack(message: bytes) -> tuple[dict, Files]:
     """Take one message apart.
 
     Raises:

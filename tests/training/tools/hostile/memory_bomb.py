@@ -3,7 +3,7 @@
 held = []
 try:
     for _ in range(96):
-        held.append(bytearray(b"x" * (16 << 20)))
+        held.append(b"x" * (16 << 20))
 except MemoryError:
     print("refused after", len(held) * 16, "MiB")
 else:

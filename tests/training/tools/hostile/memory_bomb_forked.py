@@ -5,7 +5,7 @@ import time
 
 for _ in range(6):
     if os.fork() == 0:
-        held = [bytearray(b"x" * (8 << 20)) for _ in range(25)]
+        held = [b"x" * (8 << 20) for _ in range(25)]
         time.sleep(20)
         os._exit(0)
 time.sleep(5)
