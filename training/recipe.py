@@ -11,6 +11,7 @@ expected, and `key.sub=value` from the command line goes through the same checks
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
@@ -87,8 +88,9 @@ class Recipe:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(entry.name for entry in _shipped("recipes").iterdir() if entry.name.endswith(".yaml"))
+    """Names of the recipes that come with the package and that `load_recipe` reads (pipelines are something else)."""
+    found = [entry for entry in _shipped("recipes").iterdir() if entry.name.endswith(".yaml")]
+    return sorted(entry.name for entry in found if re.search(r"^stage:", entry.read_text(encoding="utf-8"), re.M))
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), stand_ins: Mapping[str, str] | None = None) -> Recipe:

@@ -25,11 +25,11 @@ BUILD_SFT_HELP = """Make the rows of Stage-SFT from DATA and its pass rates.
 
 Solved always: dropped. Sometimes: the model's own correct answers. Never: a correct answer of an expert.
 
-Example: metis-home build-sft prompts.jsonl --pass-rates rates.jsonl --expert gold.jsonl --non-thinking vqa.jsonl --out sft.jsonl
+Example: metis-home build-sft prompts.jsonl --pass-rates rates.jsonl --non-thinking vqa.jsonl --out sft.jsonl
 """
 RISE_HELP = """All stages of RECIPE: RL, pass rates, SFT set, convert, Stage-SFT, evaluate; goes on where it was stopped.
 
-Example: metis-home rise rise.yaml model=reasoner-7b prompts=prompts.jsonl non_thinking=vqa.jsonl held_out=test.jsonl output_dir=out
+Example: metis-home rise rise.yaml model=qwen-7b prompts=rl.jsonl non_thinking=vqa.jsonl held_out=test.jsonl output_dir=out
 """
 
 Out = Annotated[Path, typer.Option("--out", help="File to write; it appears when it is complete.")]
@@ -66,7 +66,8 @@ def pass_rates(
     from metis_home.training.data.encode import Encoder
     from metis_home.training.data.records import load_records
     from metis_home.training.loading import load_model, load_processor
-    from metis_home.training.pipeline.pass_rates import cost_of, pass_rates as run
+    from metis_home.training.pipeline.pass_rates import cost_of
+    from metis_home.training.pipeline.pass_rates import pass_rates as run
     from metis_home.training.rollouts import HFEngine, Sampling
     from metis_home.training.rollouts.vocabulary import end_token_ids, unsampled_token_ids
 

@@ -19,7 +19,7 @@ from metis_home.branch import Branch
 from metis_home.errors import DataError, OutputError
 
 from ..rollouts.types import Sampling, make_prompt
-from ..verifier import verify_answer
+from ..verifier import Verdict, verify_answer
 from .shards import ShardFile
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def pass_rates(
     prompts_per_unit: int = 16,
     rank: int = 0,
     world_size: int = 1,
+    verify: Callable[[str, str, str | None], Verdict] = verify_answer,
     say: Callable[[str], None] = logger.info,
 ) -> bool:
     """Sample, verify and write one line per prompt to `out` (JSONL): id, pass_rate, samples, correct, completions.
@@ -82,6 +83,7 @@ def pass_rates(
     Args:
         samples: N, answers per prompt.
         settings: what the run depends on beside this call (model, data), compared when it is resumed.
+        verify: judges (answer, gold, kind), for example a judge model's verdict instead of the rules'.
         say: gets a line about the time left now and then.
     Returns:
         Whether `out` is complete (False where other ranks are still at work).
@@ -116,7 +118,7 @@ def pass_rates(
         engine.seed(unit_seed(seed, number))
         prompts = [make_prompt(record, encoder, index=record.index) for record in units[number]]
         groups = engine.generate(prompts, samples, sampling)
-        file.add(number, [_line(record, group) for record, group in zip(units[number], groups, strict=True)])
+        file.add(number, [_line(record, group, verify) for record, group in zip(units[number], groups, strict=True)])
     return file.finish(len(units))
 
 
@@ -133,10 +135,12 @@ def rows_digest(records: "Sequence[Record]") -> str:
     return digest.hexdigest()
 
 
-def _line(record: "Record", group: "Sequence[Rollout]") -> dict[str, object]:
+def _line(
+    record: "Record", group: "Sequence[Rollout]", verify: Callable[[str, str, str | None], Verdict]
+) -> dict[str, object]:
     completions = []
     for rollout in group:
-        verdict = verify_answer(rollout.text, record.answer or "", record.kind)
+        verdict = verify(rollout.text, record.answer or "", record.kind)
         # An answer that a limit cut is not a solution, whatever stands in it.
         correct = verdict.correct if rollout.finished or verdict.correct is None else False
         completions.append(
