@@ -18,10 +18,7 @@ from metis_home.prompts import ANSWER_CLOSE, ANSWER_OPEN, MAX_NEW_TOKENS, SYSTEM
 from metis_home.responses import parse_response
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from metis_home.media import Message
-    from metis_home.processing import MetisHomeProcessor
 
     from .completions import Mode
 
@@ -56,7 +53,9 @@ class KitModel:
             Default: Metis-RISE's.
         max_new_tokens: longest answer. The tasks' own limits are not used: many allow 16 tokens, no room for thought.
         answer_tags: False removes <answer> and </answer>, for tasks that compare the whole text.
-        min_pixels, max_pixels, dtype, device, attention: as `load_model`.
+        min_pixels, max_pixels: image area limits; default: the directory's, else Metis-RISE's.
+        dtype: auto (as stored), bf16, fp16 or fp32. device: cpu, cuda:1, ...; auto: the GPUs there are, else cpu.
+        attention: sdpa, flash_attention_2, eager, ...
         batch_size: most rows of a batch.
         router_log: the sidecar file; default: none.
     Raises:
@@ -79,21 +78,15 @@ class KitModel:
         attention: str | None = None,
         batch_size: int = 1,
         router_log: str | os.PathLike[str] | None = None,
-        loaded: "tuple[nn.Module, MetisHomeProcessor] | None" = None,
     ) -> None:
+        from metis_home.training.loading import load_model, load_processor
+
         from .answering import Answerer
-        from .loading import load_model
 
         if route not in _MODES:
             raise ConfigError(f"route must be auto, think or direct; found {route!r}")
-        model, processor = loaded or load_model(
-            pretrained,
-            dtype=dtype,
-            device=device,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            attention=attention,
-        )
+        model = load_model(pretrained, dtype=dtype, device=device, attn_implementation=attention)
+        processor = load_processor(pretrained, min_pixels=min_pixels, max_pixels=max_pixels)
         self.mode, self.answer_tags = _MODES[route], answer_tags
         self.router_log = None if router_log is None else Path(router_log)
         self.answerer = Answerer(
@@ -183,7 +176,7 @@ def answer_digest(text: str) -> str:
     plain = text
     for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE):
         plain = plain.replace(tag, " ")
-    return xxhash.xxh64("".join(plain.split())).hexdigest()
+    return xxhash.xxh64("".join(plain.split()).encode()).hexdigest()
 
 
 def _system_prompt(value: str | None) -> str | None:

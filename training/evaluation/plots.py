@@ -89,7 +89,8 @@ def modes_figure(report: EvaluationReport) -> "Figure":
         axes[2].bar(at, [_ratio(group) for group in members], **style)
     axes[0].set_ylim(0, 1.05)
     axes[2].set_ylim(0, 1.05)
-    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.18 if len(groups) <= 2 else -0.3), ncol=3, frameon=False)
+    handles, names = axes[1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
