@@ -2,6 +2,14 @@
 
 from .config import MetisSFTConfig
 from .lora import branch_lora_config, merge_branch_lora
+from .router_only import RouterTraining, train_router
 from .trainer import MetisSFTTrainer
 
-__all__ = ["MetisSFTConfig", "MetisSFTTrainer", "branch_lora_config", "merge_branch_lora"]
+__all__ = [
+    "MetisSFTConfig",
+    "MetisSFTTrainer",
+    "RouterTraining",
+    "branch_lora_config",
+    "merge_branch_lora",
+    "train_router",
+]

@@ -28,6 +28,7 @@ from ..data.formats import build_response
 from ..data.records import Record
 from ..freezing import freeze_parameters, set_of, trainable_sets
 from ..nan_guard import NanGuard
+from ..resuming import HubLayoutResume
 from ..vision_presence import VisionPresence
 from .config import MetisSFTConfig
 from .dataset import RecordDataset, Source, as_records
@@ -58,7 +59,7 @@ class Forward:
     router_losses_Q: Tensor | None
 
 
-class MetisSFTTrainer(Trainer):
+class MetisSFTTrainer(HubLayoutResume, Trainer):
     """Trains a two-branch model on records: `MetisSFTTrainer(model, args, train_dataset=records, ...).train()`.
 
     Args:
