@@ -9,6 +9,8 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from metis_home import MetisHomeConfig, MetisHomeForConditionalGeneration, MetisHomeProcessor
+from metis_home.training.data.collate import PaddingCollator
+from metis_home.training.data.encode import Encoder
 from metis_home.training.data.records import Record, load_records
 from metis_home.training.sft import MetisSFTConfig, MetisSFTTrainer
 from tests.processing.tiny import model_fields, tiny_tokenizer
@@ -57,6 +59,13 @@ def rows(count: int = 8, *, images: bool = True, unlabelled: tuple[int, ...] = (
 
 def records(count: int = 8, **options) -> list[Record]:
     return load_records(rows(count, **options))
+
+
+def batch_of(written: list[dict], collator=None) -> dict:
+    """Rows as a batch of the model: padded, or as `collator` makes it."""
+    encoder = Encoder(processor(), system_prompt=None)
+    collate = collator or PaddingCollator(0)
+    return collate([encoder.example(record) for record in load_records(written)])
 
 
 def config(out: Path, **settings) -> MetisSFTConfig:

@@ -17,6 +17,7 @@ from metis_home.training.sft.losses import query_losses
 from metis_home.training.sft.router_checkpoint import replace_router, stored_tensors
 from metis_home.training.sft.router_only import load_for_routing, router_tensors_of
 from tests.processing.tiny import write_dense_model
+from tests.training.sft.oracle import KeepGradients
 from tests.training.sft.small import config, processor, records, rows, small_model, trainer
 
 POOLINGS = ("mean", "attention")
@@ -58,14 +59,7 @@ def router_gradients_of_the_full_model(rows, **fields) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_its_gradients_are_those_of_the_full_model(tmp_path, pooling: str) -> None:
-    import transformers
-
-    found = {}
-
-    class Keep(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
+    keep = KeepGradients()
     rows, model = records(8, unlabelled=(3,)), small_model(router_pooling=pooling)
     run = trainer(
         tmp_path,
@@ -77,13 +71,13 @@ def test_its_gradients_are_those_of_the_full_model(tmp_path, pooling: str) -> No
         max_steps=1,
         max_grad_norm=0,
     )
-    run.add_callback(Keep())
+    run.add_callback(keep)
 
     run.train()
 
     expected = router_gradients_of_the_full_model(rows, router_pooling=pooling)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    assert keep.found.keys() == expected.keys()
+    for name, gradient in keep.found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
 
 
