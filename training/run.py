@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +11,19 @@ from typing import TYPE_CHECKING
 
 from metis_home.errors import RecipeError
 
+from .loading import load_model, load_processor
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
+    from metis_home.processing import MetisHomeProcessor
+
     from .data.records import Record
 
-_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 SETTINGS_FILE = "recipe.json"
+ROUTED = "model"  # the checkpoint with the new router, inside the output directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +92,43 @@ def _run_sft(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
 
 
 def _run_router(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
-    raise NotImplementedError
+    """The checkpoint itself stays as it is: a copy of it gets the new router."""
+    from .sft import train_router
+
+    if checkpoint is not None:
+        raise RecipeError("a router is trained in minutes and keeps no checkpoints: start it again, with --overwrite.")
+    config = _config(recipe)
+    model_dir = Path(config.output_dir) / ROUTED
+    copy_checkpoint(Path(recipe.model.path), model_dir)
+    report = train_router(
+        model_dir,
+        _records(recipe, recipe.data.train),
+        config,
+        eval_records=_records(recipe, recipe.data.eval) or None,
+        processor=_processor(recipe),
+    )
+    steps = max((int(entry.get("step", 0)) for entry in report.log_history), default=0)
+    return TrainingSummary(output_dir=str(model_dir), steps=steps, metrics=_last_values(report.log_history))
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a checkpoint directory, sharing the bytes where the file system can (hard links are replaced, not written).
+
+    Raises:
+        RecipeError: `source` is no directory.
+    """
+    if not source.is_dir():
+        raise RecipeError(f"model.path {str(source)!r} is no directory: a router is trained in a local checkpoint.")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, symlinks=False, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def _run_rl(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
@@ -99,25 +141,17 @@ def _config(recipe: Recipe):
 
 
 def _model(recipe: Recipe) -> "PreTrainedModel":
-    from metis_home import MetisHomeForConditionalGeneration
-
     section = recipe.model
-    options: dict[str, object] = {"dtype": _DTYPES[section.dtype]}
-    if section.attn_implementation is not None:
-        options["attn_implementation"] = section.attn_implementation
-    model = MetisHomeForConditionalGeneration.from_pretrained(section.path, **options)
+    model = load_model(section.path, dtype=section.dtype, attn_implementation=section.attn_implementation)
     if section.ffn_implementation is not None:
         model.config.text_config.ffn_implementation = section.ffn_implementation
     return model
 
 
-def _processor(recipe: Recipe):
-    from metis_home import MetisHomeProcessor
-
+def _processor(recipe: Recipe) -> "MetisHomeProcessor":
     section = recipe.model
-    limits = {"min_pixels": section.min_pixels, "max_pixels": section.max_pixels}
-    limits = {name: value for name, value in limits.items() if value is not None}
-    return MetisHomeProcessor.from_pretrained(section.processor or section.path, **limits)
+    source = section.processor or section.path
+    return load_processor(source, min_pixels=section.min_pixels, max_pixels=section.max_pixels)
 
 
 def _records(recipe: Recipe, sources: Sequence[str]) -> "list[Record]":
@@ -145,9 +179,15 @@ def _write_settings(trainer: "Trainer", recipe: Recipe) -> None:
 
 
 def _summary(trainer: "Trainer") -> TrainingSummary:
-    metrics: dict[str, float] = {}
-    for entry in trainer.state.log_history:
-        metrics.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
     return TrainingSummary(
-        output_dir=str(trainer.args.output_dir), steps=int(trainer.state.global_step), metrics=metrics
+        output_dir=str(trainer.args.output_dir),
+        steps=int(trainer.state.global_step),
+        metrics=_last_values(trainer.state.log_history),
     )
+
+
+def _last_values(log_history: Sequence[dict[str, float]]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for entry in log_history:
+        metrics.update({name: value for name, value in entry.items() if isinstance(value, int | float)})
+    return metrics
