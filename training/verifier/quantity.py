@@ -1,0 +1,201 @@
+"""Numbers as people write them: integers, decimals, fractions, mixed numbers, percent, money, units, words."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .normalise import clean, fold
+from .units import BARE, CURRENCIES, Unit, read_unit
+from .verdict import Unreadable
+
+MAX_LENGTH = 160  # characters of a number with its unit
+MAX_POWER_OF_TEN = 400
+# Two readings of one number agree up to this, relative to the smaller side if that is below 1 (math-verify: 6 decimals).
+CLOSENESS = Fraction(1, 10**6)
+
+_SMALL_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+_WORDS = {word: Fraction(value) for value, word in enumerate(_SMALL_WORDS)}
+_WORDS |= {
+    word: Fraction(10 * value) for value, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)
+}
+_WORDS |= {"half": Fraction(1, 2)}
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:[ ]\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_NUMBER = re.compile(
+    rf"""(?P<sign>[-+]?)\s?(?:(?P<currency>[{CURRENCIES}])\s?(?P<sign2>[-+]?))?
+    (?: (?:(?P<whole>\d{{1,30}})\s?)? \\frac\s? (?: \{{\s?(?P<ln>[-+]?\s?(?:{_DECIMAL}))\s?\}}\s?\{{\s?(?P<ld>[-+]?\s?(?:{_DECIMAL}))\s?\}}
+                                      | (?P<sn>\d)\s?(?P<sd>\d) )
+      | (?P<mixed>\d{{1,30}})(?:\s|\sand\s)(?P<mn>\d{{1,30}})\s?/\s?(?P<md>\d{{1,30}})
+      | (?P<n>{_DECIMAL}) \s?/\s? (?P<d>{_DECIMAL})
+      | 10\s?\^\s?(?:\{{\s?(?P<t>[-+]?\d{{1,6}})\s?\}}|(?P<t2>[-+]?\d{{1,6}}))
+      | (?P<decimal>{_DECIMAL})
+        (?: \s?[eE](?P<e>[-+]?\d{{1,6}})(?![a-zA-Z\d])
+          | \s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?(?:\{{\s?(?P<p>[-+]?\d{{1,6}})\s?\}}|(?P<p2>[-+]?\d{{1,6}})) )?
+    )""",
+    re.VERBOSE,
+)
+_NAME = re.compile(r"(?P<name>[A-Za-z]\w{0,2}|\\[a-z]{2,8}|[A-Za-z]_\{?\w{1,3}\}?)\s?(?:=|\\approx)\s?")
+_PERCENT = re.compile(r"%|per ?cent\b|percent(?:age)?(?: points?)?\b|pct\b", re.IGNORECASE)
+_LABEL = re.compile(r"[A-Za-z][A-Za-z'-]{2,24}(?: [A-Za-z][A-Za-z'-]{1,24}){0,2}")
+# Words after a number that change its meaning, or belong to another answer.
+_NOT_LABELS = frozenset(
+    "or and to not no more less than over under out of plus minus times squared cubed square root divided by about per "
+    "but nor maybe if at least most greater fewer larger smaller sin cos tan log exp sqrt pi infinity mod vs versus is are "
+    "wrong correct incorrect right factorial th half halves thirds quarter quarters tenth tenths hundredths".split()
+) | frozenset(_WORDS) | frozenset(_SCALES)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """An exact number with what stood around it."""
+
+    value: Fraction  # 10% is 1/10; in the unit as written
+    is_percent: bool = False
+    unit: Unit = BARE
+    label: str = ""  # what is counted, folded: "4 red apples" -> "red apple"
+    name: str = ""  # the variable of `x = 3`
+
+    @property
+    def is_integer(self) -> bool:
+        """A whole number without percent or unit conversion."""
+        return self.value.denominator == 1
+
+
+def read_quantity(text: str, *, in_percent: bool = False) -> Quantity:
+    """Read the whole text as one number.
+
+    Args:
+        text: an answer, cleaned or not.
+        in_percent: a bare number counts percents: `10` is 10 %.
+    Raises:
+        Unreadable: it is not one number: words, an expression, two numbers, nothing.
+    """
+    text = clean(text)
+    if not text or len(text) > MAX_LENGTH:
+        raise Unreadable("there is no number" if not text else f"longer than {MAX_LENGTH} characters")
+    if re.fullmatch(r"\([^()]*\)", text):
+        text = text[1:-1].strip()
+    name, position = "", 0
+    if (named := _NAME.match(text)) is not None:
+        name, position = named["name"], named.end()
+    position += re.match(r"(?:\\approx|~)?\s?", text[position:]).end()  # type: ignore[union-attr]
+    found = _NUMBER.match(text, position)
+    if found is None:
+        return _from_words(text[position:], name)
+    value, rest = _value(found), text[found.end() :].strip()
+    unit = read_unit(found["currency"]) if found["currency"] else BARE
+    rest, scale = _take_scale(rest)
+    value *= scale
+    is_percent = False
+    if (percent := _PERCENT.match(rest)) is not None:
+        is_percent, rest = True, rest[percent.end() :].strip()
+    elif in_percent:
+        is_percent = True
+    if is_percent:
+        value /= 100
+    label = ""
+    if rest:
+        if found["currency"] is None:
+            unit, label = _unit_or_label(rest, glued=text[found.end() : found.end() + 1] not in ("", " "))
+        elif read_unit(rest) != unit:  # "$5 dollars" says it twice
+            raise Unreadable(f"{rest!r} follows a sum of money")
+    return Quantity(value, is_percent, unit, label, name)
+
+
+def same_quantity(gold: Quantity, prediction: Quantity, tolerance: Fraction | None = None) -> tuple[bool, str]:
+    """Is the prediction the gold number? Returns the answer and, where it is no, the reason.
+
+    A unit, label or variable name counts only where both sides have one. Units of one dimension are converted.
+    Without a tolerance, whole numbers must be equal and others agree to six digits behind the point.
+
+    Args:
+        tolerance: largest absolute difference, in the gold's unit (percent of a percent gold: 0.01 is one percent point).
+    """
+    if gold.name and prediction.name and gold.name != prediction.name:
+        return False, f"{prediction.name} is not {gold.name}"
+    if gold.label and prediction.label and gold.label != prediction.label:
+        return False, f"counts {prediction.label!r}, expected {gold.label!r}"
+    value = prediction.value
+    if not gold.unit.is_bare and not prediction.unit.is_bare:
+        if gold.unit.dimensions != prediction.unit.dimensions:
+            return False, "measured in another unit"
+        value = value * prediction.unit.factor / gold.unit.factor
+    elif (gold.label and not prediction.unit.is_bare) or (prediction.label and not gold.unit.is_bare):
+        return False, "measured in another unit"
+    if close(gold.value, value, tolerance):
+        return True, "the numbers are equal"
+    return False, "the numbers differ"
+
+
+def close(gold: Fraction, value: Fraction, tolerance: Fraction | None = None) -> bool:
+    """Symmetric closeness of two exact numbers; see `same_quantity`."""
+    difference = abs(gold - value)
+    if tolerance is not None:
+        return difference <= tolerance
+    if gold.denominator == 1 and value.denominator == 1:
+        return difference == 0
+    return difference <= CLOSENESS * min(1, abs(gold), abs(value))
+
+
+def _value(found: re.Match[str]) -> Fraction:
+    negative = (found["sign"] == "-") != (found["sign2"] == "-")
+    try:
+        value = _unsigned(found)
+    except (ZeroDivisionError, ValueError) as error:
+        raise Unreadable(f"{found.group()!r} has no value: {error}") from None
+    return -value if negative else value
+
+
+def _unsigned(found: re.Match[str]) -> Fraction:
+    if found["ln"]:
+        return Fraction(found["whole"] or 0) + _decimal(found["ln"]) / _decimal(found["ld"])
+    if found["sn"]:
+        return Fraction(found["whole"] or 0) + Fraction(int(found["sn"]), int(found["sd"]))
+    if found["mixed"]:
+        return Fraction(found["mixed"]) + Fraction(int(found["mn"]), int(found["md"]))
+    if found["n"]:
+        return _decimal(found["n"]) / _decimal(found["d"])
+    power = int(found["e"] or found["p"] or found["p2"] or found["t"] or found["t2"] or 0)
+    if abs(power) > MAX_POWER_OF_TEN:
+        raise ValueError(f"a power of ten above {MAX_POWER_OF_TEN}")
+    return (_decimal(found["decimal"]) if found["decimal"] else 1) * Fraction(10) ** power
+
+
+def _decimal(text: str) -> Fraction:
+    text = text.replace(",", "").replace(" ", "")
+    return Fraction(text + "0" if text.endswith(".") else text)
+
+
+def _take_scale(rest: str) -> tuple[str, int]:
+    word = re.match(r"[A-Za-z]+", rest)
+    scale = _SCALES.get(word.group().lower()) if word else None
+    return (rest, 1) if word is None or scale is None else (rest[word.end() :].strip(), scale)
+
+
+def _unit_or_label(rest: str, *, glued: bool) -> tuple[Unit, str]:
+    rest = rest.removeprefix("\\ ").strip()
+    try:
+        return read_unit(rest), ""
+    except Unreadable:
+        words = rest.split()
+        if glued or _LABEL.fullmatch(rest) is None or any(word.lower() in _NOT_LABELS for word in words):
+            raise Unreadable(f"{rest[:40]!r} follows the number") from None
+        *first, last = fold(rest).split()
+        return BARE, " ".join([*first, last[:-1] if last.endswith("s") and not last.endswith("ss") else last])
+
+
+def _from_words(text: str, name: str) -> Quantity:
+    """`three`, `twenty-one`, `two hundred`, `three apples`."""
+    words = text.replace("-", " ").lower().split()
+    if not words or words[0] not in _WORDS or "-" in text[:1]:
+        raise Unreadable("it is not a number")
+    value, position = _WORDS[words[0]], 1
+    if value >= 20 and value.denominator == 1 and len(words) > 1 and 1 <= _WORDS.get(words[1], 0) <= 9:
+        value, position = value + _WORDS[words[1]], 2
+    rest, scale = _take_scale(" ".join(words[position:]))
+    label = _unit_or_label(rest, glued=False) if rest else (BARE, "")
+    return Quantity(value * scale, unit=label[0], label=label[1], name=name)
