@@ -118,7 +118,9 @@ def open_image(content: bytes, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "GIF")) as header:
             width, height = header.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ProcessorError(f"has far too many pixels; at most {max_pixels} are opened.") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ProcessorError(f"not a readable image ({type(error).__name__}).") from error
     if width * height > max_pixels:
         raise ProcessorError(f"has {width} x {height} pixels; at most {max_pixels} are opened.")

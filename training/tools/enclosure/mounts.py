@@ -64,8 +64,6 @@ def build_root(
     for path, target in links:
         os.makedirs(_here(os.path.dirname(path)), exist_ok=True)
         os.symlink(target, _here(path))
-    for path, fd in trees:
-        _place(path, fd)
     for path in (SCRATCH, TEMPORARY, PROGRAM, "/etc"):
         os.makedirs(_here(path), exist_ok=True)
     _write(_here("/etc/passwd"), _PASSWD.encode())
@@ -77,6 +75,8 @@ def build_root(
     folder, temporary = (kernel.open_tree(f"{_here(SCRATCH)}/{name}") for name in ("folder", "temporary"))
     kernel.move_mount(folder, _here(SCRATCH))
     kernel.move_mount(temporary, _here(TEMPORARY))
+    for path, fd in trees:  # after /tmp is there: an interpreter may live below it
+        _place(path, fd)
     os.symlink("../tmp", _here("/dev/shm"))
     for path, content in files:
         os.makedirs(os.path.dirname(_here(path)), exist_ok=True)

@@ -1,4 +1,4 @@
-"""An image of 60 KB that claims 30,000 x 30,000 pixels, one that is cut, one that is no image, and a good one."""
+"""An image of 60 KB that claims 30,000 x 30,000 pixels, one of 5,000 x 5,000, one that is cut, one that is no image, and a good one."""
 
 import struct
 import zlib
@@ -10,9 +10,14 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-header = struct.pack(">IIBBBBB", 30000, 30000, 8, 0, 0, 0, 0)
-with open("bomb.png", "wb") as file:
-    file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))))
+def bomb(name, side):
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    with open(name, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))))
+
+
+bomb("bomb.png", 30000)
+bomb("large.png", 5000)
 Image.new("RGB", (64, 64), "red").save("good.png")
 with open("good.png", "rb") as good, open("cut.png", "wb") as cut:
     cut.write(good.read()[:40])
