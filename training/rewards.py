@@ -79,14 +79,7 @@ def format_reward(prompts: Sequence[object], completions: Sequence[Completion], 
     Source: Metis-RISE, Metis-HOME (formats); strictness is ours.
     """
     total = _same_length(prompts, completions=completions)
-    branches = next(
-        (
-            found
-            for name in ("branch_ids", "branch", "mode")
-            if any(value is not None for value in (found := _column(columns, name, total)))
-        ),
-        [None] * total,
-    )
+    branches = _branches(columns, total)
     return [
         float(_has_format(_opened_thought(prompt) + answer_text(completion), _is_thinking(branch)))
         for prompt, completion, branch in zip(prompts, completions, branches, strict=True)
@@ -269,6 +262,15 @@ def _is_thinking(branch: object) -> bool:
         except (TypeError, ValueError):
             pass
     raise RewardError(f"branch {branch!r} of a rollout is none: expected 0, 1, 'thinking', 'non_thinking' or None.")
+
+
+def _branches(columns: Mapping[str, object], total: int) -> list[object]:
+    """The first branch column that says anything."""
+    for name in ("branch_ids", "branch", "mode"):
+        values = _column(columns, name, total)
+        if any(value is not None for value in values):
+            return values
+    return [None] * total
 
 
 def _tool_calls(completions: Sequence[Completion], tool_calls: Sequence[object] | None) -> list[int]:

@@ -239,7 +239,7 @@ def _ratio(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
         try:
             found = clock.read_ratio(text)
         except Unreadable:
-            if len(right) != 2 or not right[1] or "/" not in text and "frac" not in text:
+            if len(right) != 2 or not right[1] or ("/" not in text and "frac" not in text):
                 raise
             found = (quantity.read_quantity(text).value, Fraction(1))
             return right[0] / right[1] == found[0], "compared as a fraction"
