@@ -213,8 +213,9 @@ class RoutedGenerationMixin:
         if not self.config.router_trained:  # type: ignore[attr-defined]
             logger.warning_once(
                 "This model's router has not been trained (router_trained is false in its config): its choice between "
-                "thinking and answering directly means nothing yet. Train it (pass router_labels to the model in a "
-                "training loop, docs/model.md shows how), or choose yourself with thinking=True or thinking=False."
+                "thinking and answering directly means nothing yet. Train it (`metis-home train router_only.yaml "
+                "model.path=MODEL data.train=ROWS.jsonl`; the rows' modes are its router_labels, docs/training.md), or "
+                "choose yourself with thinking=True or thinking=False."
             )
         names = ("input_ids", "attention_mask", "inputs_embeds", "mm_encoder_outputs", "position_ids")
         prompt = {name: inputs.get(name) for name in names}
