@@ -80,6 +80,13 @@ class MetisSFTConfig(TrainingArguments):
             "help": "Stop with an error, before weights or checkpoints change, when a loss or gradient is no number."
         },
     )
+    watchdog_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "End a run that hangs: the longest that a micro-batch, an optimizer step, an evaluation batch or a "
+            "checkpoint may take, in seconds; the report says where each rank is. None: wait for ever."
+        },
+    )
     plots: bool = field(
         default=True, metadata={"help": "Draw the logged curves as PNG into output_dir/plots at the end of training."}
     )
@@ -115,6 +122,7 @@ class MetisSFTConfig(TrainingArguments):
         _positive("max_length", self.max_length)
         _positive("max_tokens_per_batch", self.max_tokens_per_batch)
         _positive("cache_gib", self.cache_gib, zero=True)
+        _positive("watchdog_seconds", self.watchdog_seconds)
         if self.remove_unused_columns:
             raise RecipeError("remove_unused_columns must be False: the trainer encodes whole records, not columns.")
         if self.label_smoothing_factor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ...branch import Branch
@@ -26,6 +26,7 @@ from ..data.collate import PackingCollator, PaddingCollator
 from ..data.encode import Encoder
 from ..data.formats import build_response
 from ..data.records import Record
+from ..distributed.watched import WatchedTrainer
 from ..freezing import freeze_parameters, set_of, trainable_sets
 from ..nan_guard import NanGuard
 from ..resuming import HubLayoutResume
@@ -59,7 +60,7 @@ class Forward:
     router_losses_Q: Tensor | None
 
 
-class MetisSFTTrainer(HubLayoutResume, Trainer):
+class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
     """Trains a two-branch model on records: `MetisSFTTrainer(model, args, train_dataset=records, ...).train()`.
 
     Args:
@@ -153,6 +154,7 @@ class MetisSFTTrainer(HubLayoutResume, Trainer):
         if args.stop_on_nan:
             self._guard = NanGuard(self.accelerator, self._record_name, lambda: self.deepspeed)
             self.add_callback(self._guard)
+        self.watch(args.watchdog_seconds, self._record_name)
 
     # Losses
 
@@ -165,6 +167,8 @@ class MetisSFTTrainer(HubLayoutResume, Trainer):
             batches.append(batch)
             if len(batches) == num_batches:
                 break
+        if self.watchdog is not None:
+            self.watchdog.rows_of_step([batch["record_index"].tolist() for batch in batches])
         batches = [self._prepare_inputs(batch) for batch in batches]
         counts = count_targets(batches, device)
         if self.accelerator.num_processes > 1:

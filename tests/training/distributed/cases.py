@@ -1,0 +1,59 @@
+"""Rows for two ranks: with two rows a micro-batch, rank 0 gets rows 0, 1, 4, 5, ... and rank 1 the others."""
+
+from dataclasses import dataclass, field
+
+from metis_home.training.data.records import Record, load_records
+from tests.training.sft.small import small_image
+
+
+@dataclass(frozen=True)
+class Case:
+    """One short training run, to be done by one process and by two."""
+
+    kinds: str
+    """A letter per row: T and N have a text, I and J also an image; T and I think."""
+    settings: dict = field(default_factory=dict)
+    hidden: tuple[int, ...] = ()
+    """Rows whose targets are hidden: their micro-batch has no supervised tokens."""
+    steps: int = 1
+
+
+def rows(kinds: str, hidden: tuple[int, ...] = ()) -> list[dict]:
+    """Rows of very different lengths, one per letter."""
+    made = []
+    for number, kind in enumerate(kinds):
+        row = {"prompt": f"What is {number} + {number}?", "answer": "x" * (1 + 3 * number % 7), "id": f"row-{number}"}
+        if kind in "TI":
+            row |= {"reasoning": "because " * (1 + number % 4), "mode": "thinking", "source": "sums"}
+        else:
+            row |= {"mode": "non_thinking", "source": "words"}
+        if kind in "IJ":
+            row["image"] = small_image(number)
+        if number in hidden:
+            row["response"] = f"<think></think><answer>{row.pop('answer')}</answer>"
+            row.pop("mode")
+            row.pop("reasoning", None)
+        made.append(row)
+    return made
+
+
+def records(case: Case) -> list[Record]:
+    return load_records(rows(case.kinds, case.hidden))
+
+
+CASES = {
+    # Rank 0 has only thinking rows with images, rank 1 only non-thinking rows without.
+    "apart": Case("IINNIINN"),
+    "swapped": Case("NNIINNII"),
+    "mixed": Case("ITNJNTJN"),
+    # Rank 1's second micro-batch has nothing to learn from.
+    "empty": Case("IINNIINN", hidden=(6, 7)),
+    "packed": Case("IINNIINN", {"packing": True}),
+    "checkpointed": Case("IINNIINN", {"gradient_checkpointing": True}),
+    "frozen_vision": Case("IINNIINN", {"freeze": ["vision"]}),
+    "router_and_head": Case("IINNIINN", {"train_only": ["router", "lm_head"]}),
+    "one_branch": Case("NNTTNNTT", {"train_only": ["thinking_branch", "norms"]}),
+    # No image anywhere: the tower still takes part.
+    "text_only": Case("TNNTNTTN"),
+    "clipped": Case("IINNIINN", {"max_grad_norm": 0.05}),
+}

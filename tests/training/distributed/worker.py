@@ -1,0 +1,141 @@
+"""What each process of a distributed test does: short training runs, their numbers written for the test to compare."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metis_home.router import IGNORE
+from tests.training.distributed import engines
+from tests.training.distributed.cases import CASES, Case, records
+
+
+def train_case(case: Case, engine: str, model_dir: str, out: Path, world: int, **overrides) -> dict:
+    """Train as `case` says and return {losses, gradients, weights, identity}."""
+    from metis_home import MetisHomeForConditionalGeneration
+    from metis_home.training.sft import MetisSFTTrainer
+    from tests.training.sft.small import config, processor
+
+    data = records(case)
+    per_step = len(data) // case.steps
+    if world > 1:
+        engines.prepare_state(engine)
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": per_step // 2 // world,
+        "max_steps": case.steps,
+        "max_grad_norm": 0,
+        "train_sampling_strategy": "sequential",
+        "check_data": False,
+        "optim": "adamw_torch",
+        **(engines.settings(engine) if world > 1 else {}),
+        **case.settings,
+        **overrides,
+    }
+    args = config(out, **settings)  # before the model: ZeRO-3 partitions it while it is loaded
+    model = MetisHomeForConditionalGeneration.from_pretrained(model_dir)
+    trainer = MetisSFTTrainer(model, args, train_dataset=data, processing_class=processor())
+    if case.hidden:
+        hide_targets(trainer, case.hidden)
+    gradients: dict[str, Tensor] = {}
+    keep_gradients(trainer, engine if world > 1 else "none", gradients)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "grad_norms": [float(entry.get("grad_norm", 0)) for entry in logs],
+        "gradients": gradients,
+        "weights": full_weights(trainer),
+        "identity": engines.identity(trainer),
+    }
+
+
+def hide_targets(trainer, hidden: tuple[int, ...]) -> None:
+    collate = trainer.data_collator
+
+    def hiding(examples):
+        batch = collate(examples)
+        for row, index in enumerate(batch["record_index"].tolist()):
+            if index in hidden:
+                batch["labels"][row] = IGNORE
+        return batch
+
+    trainer.data_collator = hiding
+
+
+def keep_gradients(trainer, engine: str, into: dict[str, Tensor]) -> None:
+    """Copy the whole gradients of each step, before the optimizer uses them."""
+    from transformers import TrainerCallback
+
+    if engine in ("zero2", "zero3"):
+        # DeepSpeed's backward also steps: read in between.
+        prepare = trainer.accelerator.prepare
+
+        def prepared(*args, **kwargs):
+            result = prepare(*args, **kwargs)
+            found = result[0] if isinstance(result, tuple) else result
+            if hasattr(found, "zero_optimization_stage"):
+                step = found.step
+
+                def reading_step(*args, **kwargs):
+                    from deepspeed.utils import safe_get_full_grad
+
+                    for name, parameter in found.module.named_parameters():
+                        if parameter.requires_grad:
+                            gradient = safe_get_full_grad(parameter)
+                            if gradient is not None:
+                                into[name] = gradient.detach().clone()
+                    return step(*args, **kwargs)
+
+                found.step = reading_step
+            return result
+
+        trainer.accelerator.prepare = prepared
+        return
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    gradient = parameter.grad
+                    gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                    into[name.removeprefix("module.")] = gradient.detach().clone()
+
+    trainer.add_callback(Keep())
+
+
+def full_weights(trainer) -> dict[str, Tensor]:
+    """Every weight, whole, on every rank."""
+    weights = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(parameter):
+                weights[name] = parameter.detach().clone()
+        elif hasattr(parameter, "full_tensor"):
+            weights[name] = parameter.detach().full_tensor().clone()
+        else:
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job = json.loads(Path(sys.argv[1]).read_text())
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    out = Path(job["out"])
+    results = {}
+    for name in job["cases"]:
+        print(f"rank {rank}: {name}", flush=True)
+        results[name] = train_case(CASES[name], job["engine"], job["model"], out / name, world)
+    torch.save(results, out / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Runs of several processes: what watches them (`watchdog.py`; `watched.py` for trainers)."""
