@@ -143,6 +143,8 @@ class HttpSearch:
 
 
 def _hit(result: dict[str, object]) -> SearchHit:
+    if not isinstance(result, dict):
+        raise TypeError(f"a result is of type {type(result).__name__}")
     image = None
     if result.get("image") is not None:
         try:

@@ -174,6 +174,7 @@ def test_the_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> No
 @needs_sandbox
 def test_more_can_be_made_readable(tmp_path: Path) -> None:
     (tmp_path / "facts.txt").write_text("fact")
+    tmp_path.chmod(0o755)  # what only its owner may read stays unreadable where the owner is root
 
     shown = Sandbox(readable=[tmp_path]).run(f"print(open({str(tmp_path / 'facts.txt')!r}).read())")
     hidden = Sandbox().run(f"print(open({str(tmp_path / 'facts.txt')!r}).read())")

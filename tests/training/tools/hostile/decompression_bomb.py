@@ -1,4 +1,4 @@
-"""An image of 60 KB that claims 30,000 x 30,000 pixels, one of 5,000 x 5,000, one that is cut, one that is no image, and a good one."""
+"""Images of a few KB that claim 900 and 25 megapixels, one that is cut, one that is no image, and a good one."""
 
 import struct
 import zlib
