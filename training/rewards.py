@@ -297,8 +297,8 @@ def _column(columns: Mapping[str, object], name: str, total: int) -> list[object
     values = columns.get(name)
     if values is None or isinstance(values, str) or not hasattr(values, "__len__"):
         return [values] * total
-    if len(values) != total:  # type: ignore[arg-type]
-        raise RewardError(f"column {name!r} has {len(values)} entries for {total} prompts.")  # type: ignore[arg-type]
+    if len(values) != total:
+        raise RewardError(f"column {name!r} has {len(values)} entries for {total} prompts.")
     return list(values)  # type: ignore[call-overload]
 
 

@@ -341,21 +341,19 @@ def _same_plain(gold: str, prediction: str) -> bool:
     return fold(clean(gold)) == fold(clean(prediction))
 
 
+_VERB = re.compile(r"(.{0,400})\b(is|are|equals|=)\s+(?:equal to |exactly )?(\S.{0,160})$")
+
+
 def _number_of_a_sentence(text: str) -> str | None:
     """`The area is 12 cm` -> `12 cm`: what follows the last "is", where no digit stands before it and it is a number."""
-    before, verb, after = (
-        _VERB.match(text.replace("\n", " ")).groups() if _VERB.match(text.replace("\n", " ")) else ("", "", "")
-    )  # type: ignore[union-attr]
-    if not verb or re.search(r"\d", before):
+    found = _VERB.match(text.replace("\n", " "))
+    if found is None or re.search(r"\d", found[1]):
         return None
     try:
-        quantity.read_quantity(after)
+        quantity.read_quantity(found[3])
     except Unreadable:
         return None
-    return after
-
-
-_VERB = re.compile(r"(.{0,400})\b(is|are|equals|=)\s+(?:equal to |exactly )?(\S.{0,160})$")
+    return found[3]
 
 
 def _written(value: Fraction) -> str:

@@ -30,7 +30,7 @@ _TOWER = re.compile(r"(?:\^|\*\*)\s?[({]*\s?-?\s?\d+\s?[)}]*\s?(?:\^|\*\*)")
 
 
 def looks_mathematical(text: str) -> bool:
-    """Is this an expression rather than words? `2x+1`, `\\sqrt{2}`, `3a`: yes; `blue`, `T-shirt`, `H2O`, `3D`... by its marks."""
+    """Is this an expression rather than words? `2x+1`, `3a` are; `blue`, `T-shirt`, `H2O` are not."""
     text = clean(text)
     words = [word for word in _WORD.findall(text) if not re.fullmatch(_FUNCTIONS, word)]
     if words and not re.search(r"\\[a-zA-Z]", text):

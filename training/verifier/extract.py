@@ -97,10 +97,8 @@ def _last_block(text: str) -> str | None:
 
 def _after_phrase(text: str) -> str:
     """What follows the last "the answer is" on its line; the text itself where nothing does."""
-    last = None
-    for last in _PHRASE.finditer(text):
-        pass
-    rest = "" if last is None else text[last.end() :].strip()
+    ends = [found.end() for found in _PHRASE.finditer(text)]
+    rest = text[ends[-1] :].strip() if ends else ""
     return rest.split("\n", 1)[0] if rest else text
 
 

@@ -92,7 +92,7 @@ def _kind_of_several(text: str) -> str | None:
 
 def _mathematical(group: Group) -> bool:
     return all(
-        _reads(lambda e=element: read_quantity(e)) or looks_mathematical(element) or re.fullmatch("[a-zA-Z]", element)  # type: ignore[misc]
+        _reads(lambda e=element: read_quantity(e)) or looks_mathematical(element) or re.fullmatch("[a-zA-Z]", element)
         for element in group.elements
     )
 

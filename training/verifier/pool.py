@@ -7,6 +7,7 @@ inherits CUDA. So a worker is a plain program that reads lines on a pipe.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import selectors
@@ -177,11 +178,9 @@ class _Worker:
     def _send(self, message: dict[str, object]) -> None:
         assert self.process.stdin is not None
         data = json.dumps(message).encode() + b"\n"
-        try:
-            # At most a few KiB: fits the pipe, never blocks.
+        # At most a few KiB: fits the pipe, never blocks. If the worker died, the missing reply tells.
+        with contextlib.suppress(OSError):
             self.process.stdin.write(data)
-        except OSError:
-            pass  # it died: the missing reply tells
 
     def _receive(self, deadline: float) -> dict[str, object] | None:
         """The next reply, or None where the deadline passed or the worker ended."""

@@ -27,8 +27,9 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:[ ]\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(
     rf"""(?P<sign>[-+]?)\s?(?:(?P<currency>[{CURRENCIES}])\s?(?P<sign2>[-+]?))?
-    (?: (?:(?P<whole>\d{{1,30}})\s?)? \\frac\s? (?: \{{\s?(?P<ln>[-+]?\s?(?:{_DECIMAL}))\s?\}}\s?\{{\s?(?P<ld>[-+]?\s?(?:{_DECIMAL}))\s?\}}
-                                      | (?P<sn>\d)\s?(?P<sd>\d) )
+    (?: (?:(?P<whole>\d{{1,30}})\s?)? \\frac\s?
+        (?: \{{\s?(?P<ln>[-+]?\s?(?:{_DECIMAL}))\s?\}}\s?\{{\s?(?P<ld>[-+]?\s?(?:{_DECIMAL}))\s?\}}
+          | (?P<sn>\d)\s?(?P<sd>\d) )
       | (?P<mixed>\d{{1,30}})(?:\s|\sand\s)(?P<mn>\d{{1,30}})\s?/\s?(?P<md>\d{{1,30}})
       | (?P<n>{_DECIMAL}) \s?/\s? (?P<d>{_DECIMAL})
       | 10\s?\^\s?(?:\{{\s?(?P<t>[-+]?\d{{1,6}})\s?\}}|(?P<t2>[-+]?\d{{1,6}}))
@@ -138,7 +139,7 @@ def close(gold: Fraction, value: Fraction, tolerance: Fraction | None = None) ->
         return difference <= tolerance
     if gold.denominator == 1 and value.denominator == 1:
         return difference == 0
-    return difference <= CLOSENESS * min(1, abs(gold), abs(value))
+    return difference <= CLOSENESS * min(Fraction(1), abs(gold), abs(value))
 
 
 def _value(found: re.Match[str]) -> Fraction:

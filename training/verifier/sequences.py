@@ -133,8 +133,7 @@ def read_intervals(text: str) -> tuple[Interval, ...]:
     """
     text = clean(text)
     text = re.sub(r"^[A-Za-z]\w?\s?(?:\\in|:)\s?", "", text)
-    intervals = tuple(_one_interval(part.strip()) for part in re.split(r"\s?\\cup\s?|\s+or\s+", text))
-    return intervals
+    return tuple(_one_interval(part.strip()) for part in re.split(r"\s?\\cup\s?|\s+or\s+", text))
 
 
 def same_intervals(gold: tuple[Interval, ...], prediction: tuple[Interval, ...], same: SameElement) -> tuple[bool, str]:

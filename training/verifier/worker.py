@@ -1,8 +1,8 @@
 """The program that runs math-verify in its own process. Started by `pool.py` by its path; imports nothing of metis_home.
 
-Lines of JSON: the first on stdin is `{"path": sys.path, "memory": bytes, "seconds": s}`, answered with `{"ready": true}` or
-`{"missing": why}`; then each `{"id", "gold", "prediction", "tolerance"}` is answered with `{"id", "gold_read": bool}` as soon
-as the gold is parsed, and with `{"id", "result": "equal" | "different" | "unreadable"}`.
+Lines of JSON. The first on stdin is `{"path": sys.path, "memory": bytes, "seconds": s}`, answered with `{"ready": true}`
+or `{"missing": why}`. Then each `{"id", "gold", "prediction", "tolerance"}` is answered with `{"id", "gold_read": bool}`
+as soon as the gold is parsed, and with `{"id", "result": "equal" | "different" | "unreadable"}`.
 
 It may hang or eat memory on what a policy writes, so it is built to be killed: a kernel timer ends it even while Python
 cannot run (a huge power holds the interpreter) and the parent is gone; the end of stdin ends it when it is idle.
@@ -42,7 +42,7 @@ def main() -> None:
                 request["gold"],
                 request["prediction"],
                 request["tolerance"],
-                lambda read, number=number: _say(replies, {"id": number, "gold_read": read}),  # type: ignore[misc]
+                lambda read, number=number: _say(replies, {"id": number, "gold_read": read}),
             )
         finally:
             _set_alarm(0)
@@ -84,7 +84,7 @@ def _parse(text: str) -> tuple[Any, ...]:
         ),
     )
     try:
-        return tuple(parse(text, [config], fallback_mode="no_fallback", parsing_timeout=None))  # type: ignore[arg-type]
+        return tuple(parse(text, [config], fallback_mode="no_fallback", parsing_timeout=None))
     except (Exception, RecursionError, MemoryError):
         return ()
 
