@@ -76,6 +76,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             "platform": platform.platform(),
             "packages": [dataclasses.asdict(package) for package in packages],
             "backends": [dataclasses.asdict(backend) for backend in backends],
+            "sandbox": dataclasses.asdict(examine_sandbox()),
             "advice": advice,
             "notes": notes,
         }
@@ -139,6 +140,14 @@ def examine_backends() -> list[Backend]:
     return [reference, Backend(name="triton", usable=usable, reason=reason)]
 
 
+def examine_sandbox() -> Backend:
+    """Can the Python tool run programs of a model safely here? Tried for real."""
+    from ..training.tools.sandbox import sandbox_available
+
+    usable, reason = sandbox_available()
+    return Backend(name="python tool", usable=usable, reason=reason)
+
+
 def advise(packages: list[Package]) -> list[str]:
     """One line per thing to do, the most important first."""
     lines = [
@@ -198,10 +207,16 @@ def _print_report(packages: list[Package], backends: list[Backend], advice: list
         print(f"  {package.name:<16} {package.version or '-':<14} {package.status:<14} {package.wanted}{detail}")
     print("\nbackends")
     for backend in backends:
-        print(f"  {backend.name:<16} {'usable' if backend.usable else 'not usable':<14} {backend.reason}")
+        _print_backend(backend)
+    print("\nsandbox")
+    _print_backend(examine_sandbox())
     if advice:
         print("\nto do, as you need it")
         for line in advice:
             print(f"  {line}")
     for note in notes:
         print(f"\n{note}")
+
+
+def _print_backend(backend: Backend) -> None:
+    print(f"  {backend.name:<16} {'usable' if backend.usable else 'not usable':<14} {backend.reason}")
