@@ -368,10 +368,10 @@ class MetisHomeForConditionalGeneration(
             check_router_labels(router_labels, hidden.shape[0] if query_ids is None else None)
             router_labels = router_labels.to(hidden.device)
         if hidden is not None and query_ids is not None:
-            check_query_ids(query_ids, *hidden.shape[:2], router_labels, attention_mask, position_ids)
+            check_query_ids(query_ids, hidden.shape[0], hidden.shape[1], router_labels, attention_mask, position_ids)
         if hidden is not None and (router_labels is not None or (labels is not None and may_route)):
             if query_ids is None:
-                router_mask = routable_mask(*hidden.shape[:2], attention_mask, position_ids, kwargs)
+                router_mask = routable_mask(hidden.shape[0], hidden.shape[1], attention_mask, position_ids, kwargs)
             if labels is not None:
                 router_mask = prompt_mask(labels, router_mask, query_ids)
         if labels is not None and query_ids is not None:

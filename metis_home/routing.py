@@ -150,10 +150,10 @@ def check_query_ids(
             "mask out: position_ids that start again keep them apart, and padding has query_ids of -1."
         )
     if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) != (4, batch, tokens):
-        found = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else position_ids
+        shape = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else position_ids
         raise BranchError(
             f"query_ids need position_ids of shape {(4, batch, tokens)}: text positions that start again at each "
-            f"query, then its M-RoPE positions; found {found}. PackingCollator makes them."
+            f"query, then its M-RoPE positions; found {shape}. PackingCollator makes them."
         )
     if query_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -172,7 +172,13 @@ def _gold_problems(record: Record) -> Iterator[RowError]:
         return
     from metis_home.training.verifier import gold_problem
 
-    problem = gold_problem(record.answer, record.kind)
+    options, tolerance = record.columns.get("options"), record.columns.get("tolerance")
+    problem = gold_problem(
+        record.answer,
+        record.kind,
+        options=options if isinstance(options, (list, tuple)) else None,
+        tolerance=tolerance if isinstance(tolerance, (int, float, str)) else None,
+    )
     if problem is not None:
         yield RowError("unparseable gold", problem)
 

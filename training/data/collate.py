@@ -116,7 +116,7 @@ class PackingCollator:
         }
         router_labels = per_query["router_labels"]
         if bool((router_labels != IGNORE).all()):
-            batch["branch_ids"] = router_labels[batch["query_ids"]]  # type: ignore[index]
+            batch["branch_ids"] = router_labels[batch["query_ids"]]
         if self.flash_attention:
             bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}

@@ -142,11 +142,13 @@ class TestGolds:
             {"prompt": "?", "answer": " "},
             {"prompt": "?"},
             {"prompt": "?", "answer": "$\\frac{1}{$", "kind": "expression"},
+            {"prompt": "?", "answer": "B", "kind": "choice", "options": ["red", "blue"]},
+            {"prompt": "?", "answer": "F", "kind": "choice", "options": ["red", "blue"]},
         ]
 
         found = reasons(rows, purpose)
 
-        assert found == [(1, "empty answer"), (2, "empty answer"), (3, "unparseable gold")]
+        assert found == [(1, "empty answer"), (2, "empty answer"), (3, "unparseable gold"), (5, "unparseable gold")]
 
     def test_an_unknown_purpose_is_refused(self):
         with pytest.raises(DataError, match="purpose must be sft, rl, evaluate"):
