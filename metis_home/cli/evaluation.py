@@ -248,6 +248,8 @@ def _load(model: str, dtype: str, device: str, min_pixels: int | None, max_pixel
     Raises:
         CheckpointError: there is no such model, or the device is not there.
     """
+    import torch
+
     from metis_home.errors import CheckpointError
     from metis_home.training.loading import load_model, load_processor
 
@@ -255,6 +257,8 @@ def _load(model: str, dtype: str, device: str, min_pixels: int | None, max_pixel
     if path.startswith((".", "/")) and not Path(path).is_dir():
         raise CheckpointError(f"{model}: no such directory")
     try:
+        if device != "auto":
+            torch.device(device)
         loaded = load_model(path, dtype=dtype, device=device, attn_implementation=attention)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{model}: cannot be loaded on device {device!r}: {error}") from error

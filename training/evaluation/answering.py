@@ -24,7 +24,7 @@ from .completions import Mode
 from .metrics import share_seconds, thinks
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from metis_home.processing import MetisHomeProcessor
     from metis_home.training.data.records import Record
@@ -79,7 +79,7 @@ class Answerer:
 
     def __init__(
         self,
-        model: "nn.Module",
+        model: "PreTrainedModel",
         processor: "MetisHomeProcessor",
         *,
         system_prompt: str | None = SYSTEM_PROMPT,
@@ -140,7 +140,7 @@ class Answerer:
         ):
             start = time.perf_counter()
             with torch.no_grad(), _evaluating(self.model):
-                decision = self.model.route(**self._inputs([prompts[row].example for row in batch]))  # type: ignore[operator]
+                decision = self.model.route(**self._inputs([prompts[row].example for row in batch]))
             probability = decision.thinking_probability.float().cpu().tolist()
             seconds = (time.perf_counter() - start) / len(batch)
             for row, value in zip(batch, probability, strict=True):
@@ -177,7 +177,7 @@ class Answerer:
         routing = {"branch_ids": int(branch)} if self.routes and branch is not None else {}
         start = time.perf_counter()
         with torch.no_grad(), _evaluating(self.model):
-            sequences = self.model.generate(  # type: ignore[operator]
+            sequences = self.model.generate(
                 **inputs,
                 **routing,
                 max_new_tokens=self.max_new_tokens,
@@ -218,13 +218,13 @@ class Answerer:
     def _inputs(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         batch = self._collate(examples)
         device = self.model.device
-        return {name: batch[name].to(device) for name in _MODEL_INPUTS if batch.get(name) is not None}
+        return {name: batch[name].to(device) for name in _MODEL_INPUTS if batch.get(name) is not None}  # type: ignore[union-attr]
 
 
 class _evaluating:
     """Put a model into evaluation mode, and back."""
 
-    def __init__(self, model: "nn.Module") -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self.model, self.was_training = model, model.training
 
     def __enter__(self) -> None:

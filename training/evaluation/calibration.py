@@ -20,7 +20,7 @@ from .run import Progress, evaluate
 from .tradeoff import Outcome, Query, Target, at_threshold, pick, trade_off
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from metis_home.processing import MetisHomeProcessor
 
@@ -70,7 +70,7 @@ class Calibration:
 
 
 def calibrate(
-    model: "nn.Module",
+    model: "PreTrainedModel",
     processor: "MetisHomeProcessor",
     records: Sequence[Record],
     target: Target,

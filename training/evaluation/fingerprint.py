@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import xxhash
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from metis_home.training.data.records import Record
 
 _SAMPLE = 4096  # numbers read per tensor: training moves them all, and 7B parameters are digested in seconds
 
 
-def model_fingerprint(model: "nn.Module") -> str:
+def model_fingerprint(model: "PreTrainedModel") -> str:
     """Digest names, shapes, types and evenly spaced values of all parameters and buffers."""
     import torch
 

@@ -42,7 +42,7 @@ def manifests() -> list[object]:
     return [ModelManifest(model_id=MODEL_ID, chat_class_path=f"{__name__}.MetisHomeLmms")]
 
 
-class MetisHomeLmms(_Base):  # type: ignore[misc,valid-type]
+class MetisHomeLmms(_Base):
     """A two-branch or dense model as an lmms-eval chat model.
 
     The options of `--model_args` are those of `KitModel`. Decoding is greedy, and `max_new_tokens` is the model's option,

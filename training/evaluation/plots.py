@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metis_home.errors import MetisHomeError
 
@@ -75,7 +75,7 @@ def modes_figure(report: EvaluationReport) -> "Figure":
     for place, (mode, found) in enumerate(report.modes.items()):
         at = [index + (place - (len(report.modes) - 1) / 2) * width for index in range(len(groups))]
         members = [found.all if name == ALL else found.sources.get(name) for name in groups]
-        style = {"width": width, "color": _COLOURS[mode], "label": _NAMES[mode]}
+        style: dict[str, Any] = {"width": width, "color": _COLOURS[mode], "label": _NAMES[mode]}
         accuracy = [None if group is None else group.accuracy for group in members]
         heights = [0.0 if share is None or share.value is None else share.value for share in accuracy]
         spread = [
@@ -101,18 +101,23 @@ def router_figure(report: EvaluationReport) -> "Figure":
     figure, (left, right) = _subplots(2, width=9.0)
     edges = [step / 20 for step in range(21)]
     for label, colour in (("non-thinking", _DIRECT), ("thinking", _THINKING)):
-        values = [row.thinking_probability for row in queries.values() if row.label == label]
+        chances = [row.thinking_probability for row in queries.values() if row.label == label]
+        values = [chance for chance in chances if chance is not None]
         left.hist(values, bins=edges, color=colour, alpha=0.65, label=f"should be {label} ({len(values)})")
     left.axvline(router.threshold, color="#444", linestyle="--", linewidth=1, label=f"threshold {router.threshold:.3g}")
     left.set(title="the router's confidence", xlabel="P(thinking)", ylabel="queries", xlim=(0, 1))
     left.legend(frameon=False, fontsize=8)
-    bins = [found for found in router.bins if found.rows]
+    bins = [
+        (found.mean_probability, found.thinking_share, found.rows)
+        for found in router.bins
+        if found.mean_probability is not None and found.thinking_share is not None
+    ]
     right.plot([0, 1], [0, 1], color="#999", linewidth=1, linestyle="--")
-    largest = max((found.rows for found in bins), default=1)
+    largest = max((rows for *_, rows in bins), default=1)
     right.scatter(
-        [found.mean_probability for found in bins],
-        [found.thinking_share for found in bins],
-        s=[20 + 180 * found.rows / largest for found in bins],
+        [chance for chance, *_ in bins],
+        [share for _, share, _ in bins],
+        s=[20 + 180 * rows / largest for *_, rows in bins],
         color=_COLOURS["auto"],
         alpha=0.8,
     )
@@ -142,10 +147,11 @@ def tradeoff_figure(
     """
     figure, (left, right) = _subplots(2, width=11.0)
     scored = [found for found in curve if found.accuracy is not None]
-    left.plot([found.mean_tokens for found in scored], [found.accuracy for found in scored], color="#999", linewidth=1)
+    accuracy = [found.accuracy for found in scored if found.accuracy is not None]
+    left.plot([found.mean_tokens for found in scored], accuracy, color="#999", linewidth=1)
     points = left.scatter(
         [found.mean_tokens for found in scored],
-        [found.accuracy for found in scored],
+        accuracy,
         c=[found.thinking_ratio for found in scored],
         cmap="viridis",
         vmin=0,
@@ -155,9 +161,9 @@ def tradeoff_figure(
     )
     figure.colorbar(points, ax=left, label="thinking ratio")
     colours = {name: _COLOURS[mode] for mode, name in _NAMES.items()}
-    for name, (tokens, accuracy) in (marks or {}).items():
-        if tokens is not None and accuracy is not None:
-            left.scatter([tokens], [accuracy], marker="D", s=45, color=colours.get(name, "#444"), label=name, zorder=4)
+    for name, (tokens, height) in (marks or {}).items():
+        if tokens is not None and height is not None:
+            left.scatter([tokens], [height], marker="D", s=45, color=colours.get(name, "#444"), label=name, zorder=4)
     left.set(title="every threshold: accuracy against cost", xlabel="mean tokens per answer", ylabel="accuracy")
 
     thresholds = [found.threshold for found in curve]
@@ -167,7 +173,7 @@ def tradeoff_figure(
     if scored:
         right.step(
             [found.threshold for found in scored],
-            [found.accuracy for found in scored],
+            accuracy,
             where="mid",
             color=_COLOURS["auto"],
             label="accuracy",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .answering import Answerer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 # What decoding still takes from a checkpoint's generation config when it is greedy.
 _DECODING = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "eos_token_id")
@@ -38,7 +38,7 @@ def describe_settings(answerer: Answerer) -> dict[str, object]:
     }
 
 
-def describe_environment(model: "nn.Module") -> dict[str, object]:
+def describe_environment(model: "PreTrainedModel") -> dict[str, object]:
     """Versions and hardware, as JSON."""
     import torch
 

@@ -107,7 +107,7 @@ class EvaluationReport:
 def mode_reports(completions: Iterable[Completion]) -> dict[str, ModeReport]:
     """Sum up each mode that has answers, in the order auto, on, off."""
     rows = list(completions)
-    found = {}
+    found: dict[str, ModeReport] = {}
     for mode in MODES:
         by_source = _by_source([row for row in rows if row.thinking == mode])
         if by_source:

@@ -22,7 +22,7 @@ from .report import EvaluationReport, comparisons, mode_reports, router_reports,
 from .view import html_view
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from metis_home.processing import MetisHomeProcessor
 
@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
-    model: "nn.Module",
+    model: "PreTrainedModel",
     processor: "MetisHomeProcessor",
     records: Sequence[Record],
     *,

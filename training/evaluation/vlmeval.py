@@ -34,7 +34,7 @@ else:
     _Base = object
 
 
-class MetisHomeVLMEval(_Base):  # type: ignore[misc,valid-type]
+class MetisHomeVLMEval(_Base):
     """A two-branch or dense model as a VLMEvalKit model. Greedy; images only; the options are those of `KitModel`."""
 
     INTERLEAVE = True
