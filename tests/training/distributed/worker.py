@@ -1,6 +1,5 @@
 """What each process of a distributed test does: short training runs, their numbers written for the test to compare."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from metis_home.router import IGNORE
 from tests.training.distributed import engines
-from tests.training.distributed.cases import CASES, Case, records
+from tests.training.distributed.cases import CASES, Case, records, rows
 
 
 def train_case(case: Case, engine: str, model_dir: str, out: Path, world: int, **overrides) -> dict:
@@ -123,16 +122,65 @@ def full_weights(trainer) -> dict[str, Tensor]:
     return weights
 
 
+def train_cycle(engine: str, model_dir: str, out: Path, world: int) -> dict:
+    """Train four steps with a checkpoint after two, evaluate, save; then resume from the checkpoint and do it again."""
+    from metis_home import MetisHomeForConditionalGeneration
+    from metis_home.training.data.records import load_records
+    from metis_home.training.sft import MetisSFTTrainer
+    from tests.training.sft.small import config, processor
+
+    def trainer(**overrides):
+        if world > 1:
+            engines.prepare_state(engine)
+        args = config(
+            out,
+            **{
+                "per_device_train_batch_size": 1,
+                "gradient_accumulation_steps": 4 // world,
+                "per_device_eval_batch_size": 3,
+                "max_steps": 4,
+                "max_grad_norm": 0.5,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "optim": "adamw_torch",
+                "watchdog_seconds": 60,
+                **(engines.settings(engine) if world > 1 else {}),
+                **overrides,
+            },
+        )
+        model = MetisHomeForConditionalGeneration.from_pretrained(model_dir)
+        data = load_records(rows("IITNNJNTTNNI"))
+        return MetisSFTTrainer(
+            model, args, train_dataset=data, eval_dataset=load_records(rows("NITJNIT")), processing_class=processor()
+        )
+
+    whole = trainer()
+    whole.train()
+    metrics = whole.evaluate()
+    whole.save_model(str(out / "final"))
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    return {
+        "weights": full_weights(whole),
+        "resumed": full_weights(resumed),
+        "losses": [entry["loss"] for entry in whole.state.log_history if "learning_rate" in entry],
+        "resumed_losses": [entry["loss"] for entry in resumed.state.log_history if "learning_rate" in entry],
+        "metrics": {name: value for name, value in metrics.items() if "second" not in name and "runtime" not in name},
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    job = json.loads(Path(sys.argv[1]).read_text())
+    engine, model_dir, out, *cases = sys.argv[1:]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    out = Path(job["out"])
     results = {}
-    for name in job["cases"]:
+    for name in cases:
         print(f"rank {rank}: {name}", flush=True)
-        results[name] = train_case(CASES[name], job["engine"], job["model"], out / name, world)
-    torch.save(results, out / f"rank{rank}.pt")
+        if name == "cycle":
+            results[name] = train_cycle(engine, model_dir, Path(out) / name, world)
+        else:
+            results[name] = train_case(CASES[name], engine, model_dir, Path(out) / name, world, watchdog_seconds=60)
+    torch.save(results, Path(out) / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

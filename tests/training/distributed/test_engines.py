@@ -1,0 +1,151 @@
+"""Two processes compute what one computes, on every engine: DDP, FSDP2, DeepSpeed ZeRO-2 and ZeRO-3.
+
+All through `MetisSFTTrainer` and accelerate, on CPUs with gloo; `engines.py` says what of it is only for tests.
+
+Tolerances: all is float32. Losses and gradients differ by the order of sums only: 1e-5 of the largest element of each
+tensor, and 1e-7 absolutely (largest difference seen: 3e-8). Adam divides by the gradient's size, so where a gradient is
+nothing but rounding (keys' biases), weights differ by a share of the learning rate: 1e-5 with a learning rate of 1e-3
+(seen: 1.4e-6).
+"""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from metis_home import MetisHomeForConditionalGeneration
+from tests.training.distributed import engines
+from tests.training.distributed.cases import CASES
+from tests.training.distributed.launch import launch
+from tests.training.distributed.worker import train_case, train_cycle
+
+WORKER = "tests.training.distributed.worker"
+# The router alone runs no decoder, and refuses engines that shard one.
+CASES_OF = {engine: [name for name in CASES if name != "router_only" or engine == "ddp"] for engine in engines.ENGINES}
+EVERY_CASE = [(engine, name) for engine in engines.ENGINES for name in CASES_OF[engine]]
+# The engine's own classes: an exit code would not show that the engine ran at all.
+IDENTITY = {
+    "ddp": {"distributed_type": "MULTI_CPU", "class": "DistributedDataParallel"},
+    "fsdp2": {"distributed_type": "FSDP", "class": "FSDPModule"},
+    "zero2": {"distributed_type": "DEEPSPEED", "class": "DeepSpeedEngine", "stage": 2},
+    "zero3": {"distributed_type": "DEEPSPEED", "class": "DeepSpeedEngine", "stage": 3},
+}
+WEIGHT_ATOL = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    from tests.training.sft.small import processor, small_model
+
+    path = tmp_path_factory.mktemp("model")
+    small_model().save_pretrained(path)
+    processor().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_processes(model_dir, tmp_path_factory):
+    """{case: what rank 0 and rank 1 found} of an engine, in one launch."""
+
+    @cache
+    def results(engine: str) -> dict[str, tuple[dict, dict]]:
+        out = tmp_path_factory.mktemp(engine)
+        run = launch(WORKER, engine, str(model_dir), str(out), *CASES_OF[engine], "cycle", seconds=240)
+        assert run.code == 0, run.output[-6000:]
+        assert not run.timed_out
+        ranks = [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+        return {name: (ranks[0][name], ranks[1][name]) for name in ranks[0]} | {"out": (out, out)}
+
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_process(model_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+
+    @cache
+    def results(name: str) -> dict:
+        if name == "cycle":
+            return train_cycle("none", str(model_dir), out / name, 1)
+        return train_case(CASES[name], "none", str(model_dir), out / name, 1)
+
+    return results
+
+
+def assert_tensors_equal(found: dict, expected: dict, *, rtol: float, atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        allowed = rtol * float(tensor.abs().max()) + atol
+        worst = float((found[name] - tensor).abs().max())
+        assert worst <= allowed, f"{name}: differs by {worst:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_the_engine_is_the_one_that_was_asked_for(two_processes, engine: str) -> None:
+    for result in two_processes(engine)["apart"]:
+        found, expected = result["identity"], IDENTITY[engine]
+
+        assert (found["world"], found["group"], found["backend"]) == (2, 2, "gloo")
+        assert found["distributed_type"] == expected["distributed_type"]
+        assert expected["class"] in found["classes"]
+        assert found["stage"] == expected.get("stage")
+        assert found["dtensors"] == (found["parameters"] if engine == "fsdp2" else 0)
+        assert found["partitioned"] == (found["parameters"] if engine == "zero3" else 0)
+        assert found["leaf_modules"] == (2 if engine == "zero3" else 0)  # the FFN of each of the two layers
+
+
+@pytest.mark.parametrize(("engine", "case"), EVERY_CASE)
+def test_losses_gradients_and_updates_are_those_of_one_process(two_processes, one_process, engine, case) -> None:
+    expected = one_process(case)
+
+    for found in two_processes(engine)[case]:
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-5)
+        if engine.startswith("zero") and CASES[case].settings.get("max_grad_norm"):
+            # DeepSpeed clips inside its step: its gradients are those before.
+            size = torch.stack([gradient.norm() for gradient in found["gradients"].values()]).norm()
+            scale = CASES[case].settings["max_grad_norm"] / float(size)
+            found["gradients"] = {name: gradient * scale for name, gradient in found["gradients"].items()}
+        assert_tensors_equal(found["gradients"], expected["gradients"], rtol=1e-5, atol=1e-7)
+        assert_tensors_equal(found["weights"], expected["weights"], rtol=0, atol=WEIGHT_ATOL)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_what_is_frozen_stays_to_the_bit(two_processes, model_dir, engine: str) -> None:
+    before = dict(MetisHomeForConditionalGeneration.from_pretrained(model_dir).named_parameters())
+
+    weights = two_processes(engine)["frozen"][0]["weights"]
+
+    moved = {name for name, tensor in weights.items() if not torch.equal(tensor, before[name])}
+    assert not any("visual" in name or "experts.0" in name for name in moved)
+    assert any("experts.1" in name for name in moved)
+    assert any("router" in name for name in moved)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_the_saved_model_is_the_trained_one(two_processes, engine: str) -> None:
+    runs = two_processes(engine)
+
+    saved = MetisHomeForConditionalGeneration.from_pretrained(runs["out"][0] / "cycle" / "final")
+
+    assert saved.config.router_trained
+    trained = runs["cycle"][0]["weights"]
+    assert_tensors_equal(dict(saved.named_parameters()), trained, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_resumed_run_is_the_uninterrupted_one(two_processes, engine: str) -> None:
+    for found in two_processes(engine)["cycle"]:
+        assert_tensors_equal(found["resumed"], found["weights"], rtol=0, atol=0)
+        assert found["resumed_losses"] == found["losses"]
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_evaluation_gives_the_numbers_of_one_process(two_processes, one_process, engine: str) -> None:
+    expected = one_process("cycle")
+
+    for found in two_processes(engine)["cycle"]:
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)  # four steps, so updates differ a little
+        compared = {name: value for name, value in expected["metrics"].items() if "memory" not in name}
+        assert {name: found["metrics"][name] for name in compared} == pytest.approx(compared, rel=1e-4)
