@@ -68,7 +68,8 @@ def pass_rates(
     from metis_home.training.loading import load_model, load_processor
     from metis_home.training.pipeline.pass_rates import cost_of
     from metis_home.training.pipeline.pass_rates import pass_rates as run
-    from metis_home.training.rollouts import HFEngine, Sampling
+    from metis_home.training.rollouts.hf import HFEngine
+    from metis_home.training.rollouts.types import Sampling
     from metis_home.training.rollouts.vocabulary import end_token_ids, unsampled_token_ids
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

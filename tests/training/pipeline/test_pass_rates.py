@@ -10,7 +10,8 @@ from metis_home.training.data.encode import Encoder
 from metis_home.training.data.records import load_records
 from metis_home.training.loading import load_model, load_processor
 from metis_home.training.pipeline.pass_rates import cost_of, pass_rates
-from metis_home.training.rollouts import HFEngine, Sampling
+from metis_home.training.rollouts.hf import HFEngine
+from metis_home.training.rollouts.types import Sampling
 from metis_home.training.rollouts.vocabulary import end_token_ids, unsampled_token_ids
 from metis_home.training.verifier import Verdict
 from tests.processing.tiny import write_dense_model
