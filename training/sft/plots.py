@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _INCHES = (7.2, 4.2)
 _EVAL = "eval_"
 _NAMED_COLORS = {  # the same thing has the same color in every picture
-    "loss": "#222222",
+    "loss": "#9a9a9a",
     "lm_loss": "#222222",
     "lm_loss_thinking": "#b3541e",
     "lm_loss_non_thinking": "#2a6f97",
@@ -40,12 +40,11 @@ class Figure:
 FIGURES = (
     Figure("losses", r"(loss|lm_loss|lm_loss_thinking|lm_loss_non_thinking|router_loss)", "nats"),
     Figure("router", r"router_(accuracy|auc|ece)", "share", is_share=True),
-    Figure(
-        "thinking_ratio", r"thinking_ratio(/.*)?", "share of queries that the router sends to thinking", is_share=True
-    ),
+    Figure("thinking_ratio", r"thinking_ratio(/.*)?", "share of queries sent to thinking", is_share=True),
     Figure("optimizer", r"grad_norm", "gradient norm before clipping"),
     Figure("learning_rate", r"learning_rate", "learning rate"),
-    Figure("throughput", r"(tokens|queries)_per_second", "per second, all ranks"),
+    Figure("throughput", r"tokens_per_second", "tokens per second, all ranks"),
+    Figure("queries", r"queries_per_second", "queries per second, all ranks"),
     Figure("memory", r"memory_gib", "GiB, peak of a process"),
 )
 

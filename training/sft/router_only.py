@@ -1,6 +1,6 @@
 """Train the router of a checkpoint, and nothing else: a laptop's job, also for a 72B model.
 
-Of the checkpoint only embeddings, vision tower and router are read (at 7B 2.5 of 26 GiB), each prompt is embedded once,
+Of the checkpoint only embeddings, vision tower and router are read (at 7B 2.3 of 26 GiB), each prompt is embedded once,
 and at the end only the router's tensors change on disk.
 """
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ...branch import Branch
-from ...errors import RecipeError, TrainingError, UnsupportedError
+from ...errors import TrainingError
 from ...modeling import MetisHomeForConditionalGeneration
 from ..data.batching import TokenBudgetSampler
 from ..data.check import check_records
@@ -31,11 +31,12 @@ from ..freezing import freeze_parameters, set_of, trainable_sets
 from ..nan_guard import NanGuard
 from ..resuming import HubLayoutResume
 from ..vision_presence import VisionPresence
+from .arguments import check_arguments, check_router_only, warn_of_coarse_weights, with_adapter
 from .config import MetisSFTConfig
 from .dataset import RecordDataset, Source, as_records
 from .journal import Journal
 from .losses import count_targets, losses_per_token, query_losses, step_loss
-from .plots import check_plotting, draw_curves
+from .plots import draw_curves
 from .replacing import replaced
 from .router_features import FeatureDataset, collate_features, router_forward
 
@@ -92,12 +93,12 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **trainer_kwargs,
     ) -> None:
-        _check_arguments(model, args, processing_class)
+        check_arguments(model, args, processing_class)
         assert processing_class is not None  # checked above
         self._two_branch = base = model
         trained: nn.Module = model
         if peft_config is not None:
-            trained = _with_adapter(model, peft_config, args)
+            trained = with_adapter(model, peft_config, args)
         else:
             freeze_parameters(model, trainable_sets(args.freeze, args.train_only))
         trained_sets = {set_of(name) for name, parameter in base.named_parameters() if parameter.requires_grad}
@@ -106,7 +107,7 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
         self.trains_router = "router" in trained_sets
         self.trains_only_router = trained_sets == {"router"}
         if self.trains_only_router:
-            _check_router_only(args)
+            check_router_only(args)
         weight = args.router_loss_weight
         self.router_loss_weight = float(base.config.router_loss_weight if weight is None else weight)
 
@@ -143,6 +144,8 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
                 f"{self.args.n_gpu} GPUs and one process: start one process per GPU, for example "
                 "`torchrun --nproc-per-node 8 -m metis_home.cli train ...` or `accelerate launch ...`."
             )
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            warn_of_coarse_weights(trained)
         # `compute_loss` normalises over the whole step: Trainer must not divide by the accumulation once more.
         self.model_accepts_loss_kwargs = True
         self._sampler: TokenBudgetSampler | None = None
@@ -169,7 +172,6 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
                 break
         if self.watchdog is not None:
             self.watchdog.rows_of_step([batch["record_index"].tolist() for batch in batches])
-        batches = [self._prepare_inputs(batch) for batch in batches]
         counts = count_targets(batches, device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
@@ -229,12 +231,14 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss (both parts), logits and labels of one evaluation batch."""
+        """Loss (both parts), logits and labels of one evaluation batch; the router's where only the router trains."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
+        if self.trains_only_router:
+            return loss.detach(), outputs.router_logits.detach(), inputs["router_labels"]
         return loss.detach(), outputs.logits.detach(), inputs["labels"]
 
     def evaluation_loop(
@@ -261,6 +265,13 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
         with replaced(self, "data_collator", self._eval_collator):
             return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        """As in Trainer, also for records, rows and paths."""
+        with replaced(self, "data_collator", self._eval_collator):
+            return super().get_test_dataloader(
+                test_dataset if isinstance(test_dataset, Rows) else self._dataset(test_dataset)
+            )
+
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -272,6 +283,10 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
             logs.update(report)
             self._train_journal.clear()
         super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        """As in Trainer; 0 where only the router runs, whose batches hold no tokens to count."""
+        return 0 if self.trains_only_router else super().floating_point_ops(inputs)
 
     # Optimizer
 
@@ -366,48 +381,3 @@ class _StepCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if args.plots and state.is_world_process_zero:
             draw_curves(state.log_history, Path(args.output_dir) / "plots")
-
-
-def _check_arguments(model: nn.Module, args: MetisSFTConfig, processor: object) -> None:
-    if not isinstance(args, MetisSFTConfig):
-        raise TrainingError(f"args must be a MetisSFTConfig; found {type(args).__name__}")
-    if not isinstance(model, MetisHomeForConditionalGeneration):
-        raise TrainingError(
-            f"the model is a {type(model).__name__}; Stage-SFT trains a MetisHomeForConditionalGeneration. "
-            "A dense model becomes one with `metis-home convert DENSE OUT`."
-        )
-    if processor is None:
-        raise TrainingError("pass processing_class=MetisHomeProcessor.from_pretrained(...): rows are encoded with it.")
-    if args.plots:
-        check_plotting()
-    if args.use_liger_kernel:
-        raise UnsupportedError(
-            "use_liger_kernel replaces the model's loss and FFN, which are our own: set it to False."
-        )
-
-
-def _check_router_only(args: MetisSFTConfig) -> None:
-    """The router alone trains on features that are computed in this process, with the whole tower and embeddings."""
-    for name, value in (
-        ("packing", args.packing),
-        ("max_tokens_per_batch", args.max_tokens_per_batch),
-        ("dataloader_num_workers", args.dataloader_num_workers),
-        ("fsdp", args.fsdp),
-        ("deepspeed", args.deepspeed),
-    ):
-        if value:
-            raise RecipeError(
-                f"{name}={value!r} does not go with training the router alone, which runs no decoder and keeps one "
-                "small vector per prompt. Leave it out."
-            )
-
-
-def _with_adapter(model: nn.Module, peft_config: "PeftConfig", args: MetisSFTConfig) -> nn.Module:
-    if args.freeze or args.train_only:
-        raise TrainingError(
-            "with an adapter the adapter says what trains (target_modules, modules_to_save): leave `freeze` and "
-            "`train_only` empty."
-        )
-    from .lora import add_adapter
-
-    return add_adapter(model, peft_config)

@@ -155,3 +155,23 @@ def test_wrong_arguments_are_named(tmp_path) -> None:
         trainer(tmp_path, [])
     with pytest.raises(UnsupportedError, match="liger"):
         trainer(tmp_path, records(2), use_liger_kernel=True)
+
+
+@pytest.mark.parametrize("sets", [None, ["router"]])
+def test_predictions_come_with_labels(tmp_path, sets: list[str] | None) -> None:
+    run = trainer(tmp_path, records(2), train_only=sets, per_device_eval_batch_size=4)
+
+    output = run.predict(records(4))
+
+    assert output.metrics["test_loss"] > 0
+    classes = 2 if sets else len(processor().tokenizer)
+    assert output.predictions.shape == (*output.label_ids.shape, classes)
+
+
+def test_weights_in_16_bits_are_warned_of(tmp_path, caplog) -> None:
+    trainer(tmp_path, records(2), small_model().bfloat16(), train_only=["thinking_branch"])
+    assert "torch.bfloat16" in caplog.text
+
+    caplog.clear()
+    trainer(tmp_path, records(2))
+    assert "rounded away" not in caplog.text
