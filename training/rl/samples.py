@@ -90,13 +90,7 @@ class Buffer:
             return {"samples": [], "steps": [], "next_step": 0}
         return {
             "samples": [_sample_state(sample) for sample in self.samples],
-            "steps": [
-                {
-                    "micro_batches": [[tuple(row) for row in batch] for batch in step.micro_batches],
-                    "first": step.is_first,
-                }
-                for step in self.steps
-            ],
+            "steps": [[[tuple(row) for row in batch] for batch in step.micro_batches] for step in self.steps],
             "next_step": self.next_step,
         }
 

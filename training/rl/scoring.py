@@ -103,9 +103,7 @@ class Scorer:
         columns["log_metric"] = lambda name, value: metrics.setdefault(name, []).append(float(value))
         components = {name: call(name, function, columns, len(rollouts)) for name, function in self.functions.items()}
         if self.overlong_buffer:
-            components[OVERLONG] = [
-                soft_overlong(rollout.policy_tokens, self.max_tokens, self.overlong_buffer) for rollout in rollouts
-            ]
+            components[OVERLONG] = self._overlong(rollouts, columns)
         scores, start = [], 0
         for group in groups:
             part = slice(start, start + len(group))
@@ -120,6 +118,22 @@ class Scorer:
             )
         scores[0].metrics = metrics
         return scores
+
+    def _overlong(self, rollouts: Sequence[Rollout], columns: dict[str, Any]) -> list[float | None]:
+        """DAPO's soft punishment of what the policy wrote; what tools returned does not count."""
+        from ..rewards import overlong_reward
+
+        own = [
+            [token for token, counts in zip(rollout.completion_ids, rollout.loss_mask, strict=True) if counts]
+            for rollout in rollouts
+        ]
+        return overlong_reward(
+            columns["prompts"],
+            columns["completions"],
+            completion_ids=own,
+            max_length=self.max_tokens,
+            buffer=self.overlong_buffer,
+        )
 
     def _total(self, components: dict[str, list[float | None]], size: int) -> list[float | None]:
         applicable = {
@@ -172,13 +186,6 @@ def call(name: str, function: RewardFunction, columns: dict[str, Any], expected:
             raise RewardError(f"{name} returned {value!r} for completion {number}; expected a finite number or None")
         checked.append(None if value is None else float(value))
     return checked
-
-
-def soft_overlong(tokens: int, limit: int, buffer: int) -> float:
-    """0 up to limit - buffer, then (limit - buffer - tokens) / buffer, and -1 above the limit. Source: DAPO."""
-    if tokens <= limit - buffer:
-        return 0.0
-    return -1.0 if tokens > limit else (limit - buffer - tokens) / buffer
 
 
 def resolve(function: RewardFunction | str) -> RewardFunction:

@@ -22,6 +22,7 @@ from .. import collectives
 from ..data.encode import Encoder
 from ..data.records import Record, load_records
 from ..nan_guard import NanGuard
+from ..resuming import HubLayoutResume
 from ..rollouts.engine import RolloutEngine
 from ..rollouts.hf import HFEngine
 from ..rollouts.types import Sampling
@@ -42,7 +43,7 @@ from .update import Updater, sum_names
 logger = logging.getLogger(__name__)
 
 
-class MetisRLTrainer(Trainer):
+class MetisRLTrainer(HubLayoutResume, Trainer):
     """Trains a policy by rewards.
 
     Args:
