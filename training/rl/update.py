@@ -130,7 +130,7 @@ class Updater:
         inputs: dict[str, object] = dict(batch.inputs)
         if with_router:
             inputs["labels"] = batch.labels
-        images = shared_images(self.base, batch.image_order) if batch.image_order else nullcontext()
+        images = shared_images(model, batch.image_order) if batch.image_order else nullcontext()
         with images, self.presence.ensured(batch.inputs):
             return score_tokens(
                 model,
