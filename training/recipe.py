@@ -23,6 +23,8 @@ from metis_home.errors import RecipeError
 
 Stage = Literal["sft", "router", "rl"]
 
+REWARDS = ("accuracy_reward", "format_reward", "efficiency_reward")
+
 # The class whose fields the `training` section has.
 _CONFIG_OF: dict[str, tuple[str, str]] = {
     "sft": ("metis_home.training.sft", "MetisSFTConfig"),
@@ -81,6 +83,8 @@ class Recipe:
     data: DataSection
     training: dict[str, object]
     lora: LoraSection | None = None
+    rewards: tuple[str, ...] = ()
+    """`stage: rl`: names of reward functions of `metis_home.training.rewards`, weighed by `training.reward_weights`."""
 
     def config_class(self) -> type:
         """MetisSFTConfig or MetisRLConfig."""
@@ -133,7 +137,23 @@ def parse_recipe(tree: Mapping[str, object], name: str = "recipe") -> Recipe:
     training["deepspeed"] = _deepspeed_file(training.get("deepspeed"), name)
     if training["deepspeed"] is None:
         del training["deepspeed"]
-    return Recipe(stage=stage, model=model, data=data, training=training, lora=lora)  # type: ignore[arg-type]
+    rewards = _rewards(tree.get("rewards"), str(stage), name)
+    return Recipe(stage=stage, model=model, data=data, training=training, lora=lora, rewards=rewards)  # type: ignore[arg-type]
+
+
+def _rewards(names: object, stage: str, name: str) -> tuple[str, ...]:
+    if stage != "rl":
+        if names:
+            raise RecipeError(f"{name}: rewards belong to stage rl; this recipe is stage {stage}.")
+        return ()
+    if not isinstance(names, list) or not names:
+        raise RecipeError(f"{name}: rewards is {names!r}. Expected a list such as [accuracy_reward, format_reward].")
+    for reward in names:
+        if reward not in REWARDS:
+            near = difflib.get_close_matches(str(reward), REWARDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"{name}: unknown reward {reward!r}. Known: {', '.join(REWARDS)}.{hint}")
+    return tuple(names)
 
 
 def _config_class(stage: str) -> type:

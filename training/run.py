@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from metis_home.errors import RecipeError
 
 from .loading import load_model, load_processor
-from .recipe import Recipe
+from .recipe import LoraSection, Recipe
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel, Trainer
 
     from metis_home.processing import MetisHomeProcessor
@@ -63,31 +64,20 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False)
 
 
 def _run_sft(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
-    from .sft import MetisSFTTrainer, branch_lora_config, merge_branch_lora
+    from .sft import MetisSFTTrainer
 
     config = _config(recipe)
-    peft_config = None
-    if recipe.lora is not None:
-        lora = recipe.lora
-        peft_config = branch_lora_config(lora.branch, r=lora.r, alpha=lora.alpha, dropout=lora.dropout)
     trainer = MetisSFTTrainer(
         _model(recipe),
         config,
         train_dataset=_records(recipe, recipe.data.train),
         eval_dataset=_records(recipe, recipe.data.eval) or None,
         processing_class=_processor(recipe),
-        peft_config=peft_config,
+        peft_config=None if recipe.lora is None else _lora_config(recipe.lora),
     )
     _write_settings(trainer, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if peft_config is None:
-        trainer.save_model()
-    else:
-        # The adapter for those who want to go on with it; the merged model for everybody else.
-        trainer.save_model(str(Path(config.output_dir) / "adapter"))
-        if trainer.is_world_process_zero():
-            merge_branch_lora(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(config.output_dir)
-            trainer.processing_class.save_pretrained(config.output_dir)
+    _save(trainer, adapter=recipe.lora is not None)
     return _summary(trainer)
 
 
@@ -132,7 +122,41 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _run_rl(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
-    raise NotImplementedError
+    from .rl import MetisRLTrainer
+
+    config = _config(recipe)
+    trainer = MetisRLTrainer(
+        _model(recipe),
+        config,
+        list(recipe.rewards),
+        _records(recipe, recipe.data.train),
+        _processor(recipe),
+        peft_config=None if recipe.lora is None else _lora_config(recipe.lora),
+    )
+    _write_settings(trainer, recipe)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    _save(trainer, adapter=recipe.lora is not None)
+    return _summary(trainer)
+
+
+def _lora_config(lora: LoraSection) -> "LoraConfig":
+    from .sft import branch_lora_config
+
+    return branch_lora_config(lora.branch, r=lora.r, alpha=lora.alpha, dropout=lora.dropout)
+
+
+def _save(trainer: "Trainer", *, adapter: bool) -> None:
+    """Save model and processor; with an adapter also that, for those who want to go on with it."""
+    output_dir = Path(str(trainer.args.output_dir))
+    if not adapter:
+        trainer.save_model()
+        return
+    from .sft import merge_branch_lora
+
+    trainer.save_model(str(output_dir / "adapter"))
+    if trainer.is_world_process_zero():
+        merge_branch_lora(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(output_dir)
+        trainer.processing_class.save_pretrained(output_dir)
 
 
 def _config(recipe: Recipe):

@@ -29,6 +29,7 @@ from ..data.records import Record
 from ..distributed.watched import WatchedTrainer
 from ..freezing import freeze_parameters, set_of, trainable_sets
 from ..nan_guard import NanGuard
+from ..packed_attention import use_packed_attention
 from ..resuming import HubLayoutResume
 from ..vision_presence import VisionPresence
 from .arguments import check_arguments, check_router_only, warn_of_coarse_weights, with_adapter
@@ -127,7 +128,7 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
             evaluated = None if eval_dataset is None else self._dataset(eval_dataset)
         pad = processing_class.tokenizer.pad_token_id
         self._eval_collator: Collator = collate_features if self.trains_only_router else PaddingCollator(pad)
-        collator = PackingCollator(base.config, pad) if args.packing else self._eval_collator
+        collator = PackingCollator(base.config, pad, flash_attention=True) if args.packing else self._eval_collator
 
         super().__init__(
             model=trained,
@@ -216,6 +217,7 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
             nothing = torch.zeros(0, device=routed.router_logits.device)
             return Forward(routed, nothing, query_losses(routed.router_logits, inputs["router_labels"]))
         arguments = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+        use_packed_attention(self._two_branch, arguments)
         with losses_per_token(self._two_branch), self._presence.ensured(arguments):
             outputs = model(**arguments, use_cache=False)
         labels = inputs.get("router_labels")

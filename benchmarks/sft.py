@@ -1,0 +1,297 @@
+"""What Stage-SFT costs beside dense SFT, and what packing saves.
+
+    python benchmarks/sft.py [--json FILE] [--rounds 12]
+
+Each variant is a real trainer in a process of its own. The processes take turns, one optimizer step each, so that a noisy
+machine disturbs all alike; the reported figure is the median of the rounds' ratios, and the peak memory is the process's.
+
+    one branch   MetisSFTTrainer, all rows thinking        against transformers.Trainer on the dense model, same rows
+    mixed        MetisSFTTrainer, half the rows of each    against the same
+    packing      MetisSFTTrainer, rows packed              against MetisSFTTrainer, rows padded; tokens per second
+
+Everything trains: both branches have gradients and optimizer state also where a batch uses only one of them. The length
+mix of the packing case is ours: half direct answers (a few words), half thoughts whose lengths are log-normal with a
+median of 250 tokens, as reasoning data has them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+TEXT = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e5},
+}
+VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 384}
+ROWS, ROW_TOKENS, IMAGE_PIXELS = 4, 512, 112
+PACK_ROWS, PACK_LIMIT = 8, 1600
+GOALS = {"one branch, time": 1.05, "mixed, time": 1.10, "packing, tokens per second": 1.5}
+VARIANTS = ("dense", "one_branch", "mixed", "padded", "packed")
+
+
+def main() -> None:
+    """Run all variants in turns and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.worker)
+        return
+    seconds, tokens, memory = take_turns(arguments.rounds)
+    report = summarise(seconds, tokens, memory, arguments.rounds)
+    for row in report["rows"]:
+        print(
+            f"{row['case']:28} {row['ratio']:.3f}  (p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f})  goal {row['goal']}"
+        )
+    for variant in VARIANTS:
+        print(
+            f"{variant:12} {statistics.median(seconds[variant]):.3f} s a step, peak {memory[variant] / 2**20:.0f} MiB"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def take_turns(rounds: int) -> tuple[dict[str, list[float]], dict[str, list[int]], dict[str, int]]:
+    """One step of each variant per round; the first round is discarded."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "HF_HUB_OFFLINE": "1"}
+    workers = {
+        variant: subprocess.Popen(
+            [sys.executable, __file__, "--worker", variant],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for variant in VARIANTS
+    }
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    tokens: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
+    memory: dict[str, int] = {}
+    try:
+        for worker in workers.values():
+            worker.stdout.readline()  # ready: the first step is done
+        for index in range(rounds + 1):
+            order = VARIANTS if index % 2 else VARIANTS[::-1]
+            for variant in order:
+                worker = workers[variant]
+                worker.stdin.write("step\n")
+                worker.stdin.flush()
+                step = json.loads(worker.stdout.readline())
+                memory[variant] = step["peak_bytes"]
+                if index:
+                    seconds[variant].append(step["seconds"])
+                    tokens[variant].append(step["tokens"])
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    return seconds, tokens, memory
+
+
+def summarise(
+    seconds: dict[str, list[float]], tokens: dict[str, list[int]], memory: dict[str, int], rounds: int
+) -> dict[str, object]:
+    """Ratios per round, their median and spread."""
+
+    def row(case: str, ratios: list[float], peak: float | None) -> dict[str, object]:
+        ratios = sorted(ratios)
+        low, high = ratios[int(0.2 * len(ratios))], ratios[min(len(ratios) - 1, int(0.8 * len(ratios)))]
+        return {
+            "case": case,
+            "ratio": statistics.median(ratios),
+            "ratio_p20": low,
+            "ratio_p80": high,
+            "goal": GOALS[case],
+            "peak_memory_ratio": peak,
+        }
+
+    def against_dense(variant: str) -> list[float]:
+        return [ours / dense for ours, dense in zip(seconds[variant], seconds["dense"], strict=True)]
+
+    # Which rows meet in a batch differs, so tokens per second of the whole run is compared, round by round cumulated.
+    rates = {name: [n / s for n, s in zip(tokens[name], seconds[name], strict=True)] for name in ("padded", "packed")}
+    packing = [packed / padded for packed, padded in zip(rates["packed"], rates["padded"], strict=True)]
+    overall = {name: sum(tokens[name]) / sum(seconds[name]) for name in ("padded", "packed")}
+    import torch
+    import transformers
+
+    return {
+        "machine": {
+            "date": str(date.today()),
+            "processor": platform.machine(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", "2")),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "settings": {**TEXT, "rows": ROWS, "row_tokens": ROW_TOKENS, "image_pixels": IMAGE_PIXELS, "rounds": rounds},
+        "rows": [
+            row("one branch, time", against_dense("one_branch"), memory["one_branch"] / memory["dense"]),
+            row("mixed, time", against_dense("mixed"), memory["mixed"] / memory["dense"]),
+            row("packing, tokens per second", packing, memory["packed"] / memory["padded"]),
+        ],
+        "tokens_per_second": overall,
+        "packing_over_the_whole_run": overall["packed"] / overall["padded"],
+        "seconds": {variant: statistics.median(values) for variant, values in seconds.items()},
+        "peak_bytes": memory,
+    }
+
+
+def work(variant: str) -> None:
+    """One trainer; a step whenever the parent says so."""
+    # Trainers print; the results have a channel of their own.
+    results = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from metis_home.training import MetisSFTConfig, MetisSFTTrainer
+    from metis_home.training.data.collate import PaddingCollator
+    from metis_home.training.data.encode import Encoder
+    from metis_home.training.data.records import load_records
+    from metis_home.training.sft.dataset import RecordDataset
+
+    torch.manual_seed(0)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    processor, dense, two_branch = models()
+    counts: list[int] = []
+
+    class Turn(TrainerCallback):
+        def __init__(self) -> None:
+            self.started = 0.0
+            self.first = True
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            seconds, tokens = time.perf_counter() - self.started, sum(counts)
+            if self.first:
+                self.first = False
+                results.write("ready\n")
+            else:
+                results.write(json.dumps({"seconds": seconds, "tokens": tokens, "peak_bytes": peak_bytes()}) + "\n")
+            if not sys.stdin.readline():
+                control.should_training_stop = True
+            counts.clear()
+            self.started = time.perf_counter()
+
+    def counting(collate, drop: tuple[str, ...] = ()):
+        def collated(examples):
+            counts.append(sum(len(example) for example in examples))
+            return {name: value for name, value in collate(examples).items() if name not in drop}
+
+        return collated
+
+    with tempfile.TemporaryDirectory() as folder:
+        records = load_records(rows(variant))
+        settings = {
+            "output_dir": folder,
+            "per_device_train_batch_size": PACK_ROWS if variant in ("padded", "packed") else ROWS,
+            "max_steps": 10_000,
+            "learning_rate": 1e-4,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+        if variant == "dense":
+            dataset = RecordDataset(records, Encoder(processor), cache_gib=2.0)
+            trainer = Trainer(
+                dense,
+                TrainingArguments(**settings, remove_unused_columns=False),
+                data_collator=counting(
+                    PaddingCollator(processor.tokenizer.pad_token_id), ("router_labels", "record_index")
+                ),
+                train_dataset=dataset,
+                callbacks=[Turn()],
+            )
+        else:
+            config = MetisSFTConfig(**settings, packing=variant == "packed", plots=False)
+            trainer = MetisSFTTrainer(
+                two_branch, config, train_dataset=records, processing_class=processor, callbacks=[Turn()]
+            )
+            trainer.data_collator = counting(trainer.data_collator)
+        trainer.train()
+
+
+def models():
+    """A processor, the dense model and the two-branch model whose branches both are it."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+    from metis_home import MetisHomeConfig, MetisHomeForConditionalGeneration, MetisHomeProcessor
+    from metis_home.names import dense_name_of
+    from tests.processing.tiny import model_fields, tiny_tokenizer
+
+    processor = MetisHomeProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28), tiny_tokenizer())
+    fields = model_fields(processor.tokenizer)
+    fields["text_config"] = {**fields["text_config"], **TEXT}
+    fields["vision_config"] = {**fields["vision_config"], **VISION, "fullatt_block_indexes": [0]}
+    dense = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**fields))
+    two_branch = MetisHomeForConditionalGeneration(MetisHomeConfig(**fields))
+    state = dense.state_dict()
+    ours = {
+        name: state[source] for name in two_branch.state_dict() for source in [_source(name, dense_name_of)] if source
+    }
+    two_branch.load_state_dict(ours, strict=False)
+    return processor, dense, two_branch
+
+
+def _source(name: str, dense_name_of) -> str | None:
+    return dense_name_of(name, 1) or dense_name_of(name, 0)
+
+
+def rows(variant: str) -> list[dict[str, object]]:
+    """Rows of one length for the time of a step; of many lengths for packing."""
+    from PIL import Image
+
+    draw = random.Random(0)
+    image = Image.effect_noise((IMAGE_PIXELS, IMAGE_PIXELS), 64).convert("RGB")
+    made: list[dict[str, object]] = []
+    for index in range(64):
+        if variant in ("padded", "packed"):
+            thinking = index % 2 == 0
+            length = int(min(PACK_LIMIT, draw.lognormvariate(5.5, 0.7))) if thinking else draw.randint(2, 12)
+        else:
+            thinking, length = variant != "mixed" or index % 2 == 0, ROW_TOKENS
+        text = "".join(draw.choice("abcdefgh ") for _ in range(length))
+        made.append(
+            {
+                "prompt": f"Question {index:04d}?",
+                **({"image": image} if index % 4 < 2 else {}),
+                "reasoning": text if thinking else "",
+                "answer": "4" if thinking or variant in ("padded", "packed") else text + "4",
+                "mode": "thinking" if thinking else "non_thinking",
+            }
+        )
+    return made
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
