@@ -33,7 +33,7 @@ ALLOWED = {
     "model": {"model", "ops", "parts", "shared", "leaf"},
     "convert": {"convert", "shared", "leaf"},
     "verify": {"verify", "convert", "model", "parts", "shared", "leaf"},
-    "training": {"training", "model", "ops", "parts", "leaf"},
+    "training": {"training", "model", "ops", "parts", "shared", "leaf"},
     "pipeline": {"pipeline", "convert", "training", "model", "ops", "parts", "shared", "leaf"},
     "cli": {"cli", "convert", "verify", "pipeline", "training", "model", "ops", "parts", "shared", "leaf"},
 }
