@@ -109,7 +109,7 @@ def efficiency_reward(
             raise RewardError("efficiency_reward needs a `solution` or an `accuracy` column to know what is correct.")
         accuracy = accuracy_reward(prompts, completions, solution, **columns)
     calls = _tool_calls(completions, tool_calls)
-    _same_length(prompts, accuracy=accuracy, tool_calls=calls)  # type: ignore[arg-type]
+    _same_length(prompts, accuracy=accuracy, tool_calls=calls)
     return [
         None if right is None else (1.0 / (count + 1) if right > 0 else 0.0)
         for right, count in zip(accuracy, calls, strict=True)  # type: ignore[arg-type, call-overload]
@@ -199,16 +199,16 @@ def answer_text(completion: Completion) -> str:
         if not isinstance(message, Mapping):
             raise RewardError(f"a message is a dictionary with role and content, found {message!r:.80}.")
         if message.get("role", "assistant") == "assistant":
-            return _message_text(message)
+            return message_text(message)
     return ""
 
 
-def _message_text(message: Mapping[str, object]) -> str:
+def message_text(message: Mapping[str, object]) -> str:
+    """The text of a message; its reasoning, where a server split it off, goes back between the tags."""
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(str(block.get("text") or "") for block in content if isinstance(block, Mapping))
     text = str(content or "")
-    # Servers that split reasoning off: put it back, so that both forms are judged alike.
     reasoning = message.get("reasoning_content")
     return f"{THINK_OPEN}{reasoning}{THINK_CLOSE}{text}" if reasoning and THINK_OPEN not in text else text
 
@@ -241,7 +241,7 @@ def _has_format(text: str, thinks: bool) -> bool:
 def _opened_thought(prompt: object) -> str:
     """What the prompt already holds of the completion: `<think>`, `<think></think>` or nothing."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[-1], Mapping):
-        prompt = _message_text(prompt[-1]) if prompt[-1].get("role") == "assistant" else ""
+        prompt = message_text(prompt[-1]) if prompt[-1].get("role") == "assistant" else ""
     if isinstance(prompt, str):
         for ending in (THINK_OPEN + THINK_CLOSE, THINK_OPEN):
             if prompt.rstrip().endswith(ending):
