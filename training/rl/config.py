@@ -173,6 +173,13 @@ class MetisRLConfig(TrainingArguments):
         default=None, metadata={"help": "Largest difference, nats. None: 1e-3 in float32, 0.3 else (ours)."}
     )
     log_completions: bool = field(default=True, metadata={"help": "Write every rollout to output_dir/completions."})
+    watchdog_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "End a run that hangs: the longest that a filling of the buffer, a micro-batch, an optimizer step or "
+            "a checkpoint may take, in seconds; the report says where each rank is. None: wait for ever."
+        },
+    )
     plots: bool = field(default=True, metadata={"help": "Draw the logged curves into output_dir/plots at the end."})
 
     # ---- other defaults than transformers'

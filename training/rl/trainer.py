@@ -5,15 +5,14 @@ filled first: rollouts, rewards, advantages, normalisers of all its steps. The T
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from metis_home.errors import RecipeError, TrainingError
@@ -21,6 +20,8 @@ from metis_home.errors import RecipeError, TrainingError
 from .. import collectives
 from ..data.encode import Encoder
 from ..data.records import Record, load_records
+from ..distributed.watched import WatchedTrainer
+from ..distributed.whole import whole_parameters
 from ..nan_guard import NanGuard
 from ..resuming import HubLayoutResume
 from ..rollouts.engine import RolloutEngine
@@ -43,7 +44,7 @@ from .update import Updater, sum_names
 logger = logging.getLogger(__name__)
 
 
-class MetisRLTrainer(HubLayoutResume, Trainer):
+class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
     """Trains a policy by rewards.
 
     Args:
@@ -120,7 +121,7 @@ class MetisRLTrainer(HubLayoutResume, Trainer):
             tokenizer,
             max_tokens=args.rollout_batch_tokens,
             seed=args.seed * 1000 + rank,
-            autocast=self.compute_loss_context_manager,
+            autocast=self._generating,
         )
         if args.prompts_per_step % ranks:
             raise RecipeError(f"prompts_per_step is {args.prompts_per_step} and does not divide among {ranks} ranks")
@@ -142,17 +143,18 @@ class MetisRLTrainer(HubLayoutResume, Trainer):
         self._has_checked = False
         self.nan_guard = NanGuard(self.accelerator, lambda index: self.source.records[index].id, self._deepspeed_engine)
         self.add_callback(self.nan_guard)
+        self.watch(args.watchdog_seconds, lambda index: self.source.records[index].id)
 
     # ---- Trainer's doors -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint also brings back prompts, buffer and the sampler's random state."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise TrainingError(f"there is no checkpoint in {self.args.output_dir} to resume from")
-        self._resume_from = resume_from_checkpoint or None
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        folder = str(self.args.output_dir)
+        checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if resume_from_checkpoint is True and checkpoint is None:
+            raise TrainingError(f"there is no checkpoint in {folder} to resume from")
+        self._resume_from = checkpoint
+        result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.args.plots and self.is_world_process_zero():
             draw_plots(self.state.log_history, self.args.output_dir)
         return result
@@ -175,6 +177,7 @@ class MetisRLTrainer(HubLayoutResume, Trainer):
         total = torch.zeros((), device=self.args.device)
         with self.clock.stage("update"):
             for number, micro_batch in enumerate(step.micro_batches):
+                self._enter(f"micro-batch {number + 1} of {len(step.micro_batches)}")
                 is_last = number + 1 == len(step.micro_batches)
                 self.accelerator.gradient_state._set_sync_gradients(is_last)
                 is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -218,6 +221,16 @@ class MetisRLTrainer(HubLayoutResume, Trainer):
             step=self.state.global_step,
         )
 
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """What the engine runs in: ranks generate on their own, so each needs the whole model."""
+        with whole_parameters(self.model_wrapped), self.compute_loss_context_manager():
+            yield
+
+    def _enter(self, stage: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.enter(stage, step=self.state.global_step + 1)
+
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def _fill(self, model: nn.Module) -> None:
@@ -227,7 +240,9 @@ class MetisRLTrainer(HubLayoutResume, Trainer):
         if self.args.self_check and not self._has_checked:
             check_log_probabilities(self.engine, self.source, self.sampling, self.updater, model, self.args)
         self._has_checked = True
+        self._enter("rollouts and rewards")
         filling = self.filler.fill(self.state)
+        self._enter("after rollouts: advantages, old log-probabilities")
         metrics = filling_metrics(filling, self.scorer.names, self.filler.correct_name) | filling_columns(filling)
         self._pending_metrics.append(metrics)
         if self.completions is not None:
