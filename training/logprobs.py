@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, N scored tokens, V vocabulary, D hidden size.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def _scoring_head(model: nn.Module, scorer: _Scorer, with_router: bool) -> Itera
             f"{type(model).__name__}. Stage-RL trains Qwen2.5-VL, Qwen3-VL and the two-branch model."
         )
     name, head = heads[0]
-    owner = model.get_submodule(name.rpartition(".")[0])
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
     project, shadowed = head.forward, head.__dict__.get("forward")
     vocabulary = int(owner.config.get_text_config().vocab_size)
     head.forward = lambda hidden_BTD: scorer(project, vocabulary, hidden_BTD)

@@ -5,7 +5,7 @@ Shapes: P prompts, R rows (answers that still go on), M most new tokens, T token
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def left_padded(prompts: Sequence[Prompt], device: torch.device) -> PaddedPrompt
         input_ids[row, start:] = torch.tensor(prompt.input_ids)
         types[row, start:] = torch.tensor(prompt.mm_token_type_ids)
         mask[row, start:] = True
-        positions[:, row, start:] = prompt.positions
+        positions[:, row, start:] = cast(Tensor, prompt.positions)
     pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
     grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
     return PaddedPrompts(
