@@ -29,7 +29,7 @@ def run_with_order(out: Path, settings: dict, *, resume: str | None = None, stop
                 control.should_save = control.should_training_stop = True
             return control
 
-    run = trainer(out, records(10), small_model(), weight_decay=0.01, **SAVING, **settings)
+    run = trainer(out, records(14), small_model(), weight_decay=0.01, **SAVING, **settings)
     run.add_callback(Stop())
     compute = run.compute_loss
 
