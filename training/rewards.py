@@ -102,9 +102,11 @@ def efficiency_reward(
         RewardError: T is neither given nor countable, or there is nothing to tell correct from wrong.
     Source: HDPO ("Act Wisely"), r_tool.
     """
-    total = _same_length(prompts, completions=completions)
-    accuracy = columns.pop("accuracy", None)
-    if accuracy is None:
+    _same_length(prompts, completions=completions)
+    given = columns.pop("accuracy", None)
+    if isinstance(given, Sequence):
+        accuracy: Sequence[float | None] = given
+    else:
         if solution is None:
             raise RewardError("efficiency_reward needs a `solution` or an `accuracy` column to know what is correct.")
         accuracy = accuracy_reward(prompts, completions, solution, **columns)
@@ -112,8 +114,8 @@ def efficiency_reward(
     _same_length(prompts, accuracy=accuracy, tool_calls=calls)
     return [
         None if right is None else (1.0 / (count + 1) if right > 0 else 0.0)
-        for right, count in zip(accuracy, calls, strict=True)  # type: ignore[arg-type, call-overload]
-    ][:total]
+        for right, count in zip(accuracy, calls, strict=True)
+    ]
 
 
 def overlong_reward(

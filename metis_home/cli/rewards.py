@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from metis_home.training.data import Record
+    from metis_home.training.data.records import Record
     from metis_home.training.verifier import Verdict
 
 CHECK_REWARDS_HELP = """Score every gold answer as if a model had written it, and wrong ones too, before any training.
@@ -46,7 +46,7 @@ def check_rewards(
 ) -> None:
     """Score golds as predictions."""
     from metis_home.errors import DataError
-    from metis_home.training.data import load_records
+    from metis_home.training.data.records import load_records
     from metis_home.training.verifier import gold_problem
 
     records = load_records(data, image_root=image_root)

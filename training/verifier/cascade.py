@@ -10,7 +10,7 @@ from functools import lru_cache
 from metis_home.errors import RewardError
 
 from . import choice, clock, quantity, sequences, words
-from .expression import GoldUnreadable, looks_mathematical, same_expression
+from .expression import GoldUnreadable, looks_mathematical, require_readable, same_expression
 from .extract import extract_answer
 from .kinds import canonical_kind, infer_kind
 from .normalise import clean, fold, only_math_span
@@ -269,6 +269,7 @@ def _interval(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str
 def _expression(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
     if not clean(gold):
         raise Unreadable("is empty")
+    require_readable(gold)
     return lambda text: same_expression(gold, text, settings.tolerance)
 
 
@@ -319,6 +320,8 @@ def _read_element(element: str) -> None:
     """
     if not clean(element):
         raise Unreadable("an element is empty")
+    if not _is_plain(element):
+        require_readable(element)
 
 
 def _is_plain(text: str) -> bool:

@@ -60,6 +60,18 @@ def same_expression(gold: str, prediction: str, tolerance: Fraction | None = Non
     return equal, "math-verify: equal" if equal else "math-verify: not equal"
 
 
+def require_readable(gold: str) -> None:
+    """Ask math-verify, once per gold, whether it can read it and compare it with itself in time.
+
+    Raises:
+        Unreadable: it cannot.
+    """
+    try:
+        same_expression(gold, gold)
+    except GoldUnreadable as error:
+        raise Unreadable(str(error)) from None
+
+
 class GoldUnreadable(Exception):
     """The gold, not the prediction, is what cannot be read."""
 
