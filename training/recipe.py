@@ -128,6 +128,10 @@ def parse_recipe(tree: Mapping[str, object], name: str = "recipe") -> Recipe:
     stage = tree.get("stage")
     if stage not in _CONFIG_OF:
         raise RecipeError(f"{name}: stage is {stage!r}. Expected one of {', '.join(_CONFIG_OF)}.")
+    # A misspelt setting is the likelier mistake, and often why another one is missing: all of them first.
+    for where, kind in (("model", ModelSection), ("data", DataSection), ("lora", LoraSection)):
+        _refuse_unknown_fields(kind, tree.get(where), name, where)
+    _refuse_unknown_fields(_config_class(str(stage)), tree.get("training"), name, "training")
     model = parse_section(ModelSection, tree.get("model"), name, "model")
     data = parse_section(DataSection, _listed(tree.get("data"), ("train", "eval")), name, "data")
     lora = None if tree.get("lora") is None else parse_section(LoraSection, tree["lora"], name, "lora")
@@ -246,7 +250,7 @@ def _fields(kind: type, values: object, name: str, where: str) -> dict[str, obje
 
     if not isinstance(values, Mapping):
         raise RecipeError(f"{name}: {where} is {values!r}. Expected a mapping of settings.")
-    refuse_unknown(values, [entry.name for entry in fields(kind) if entry.init], name, _prefix(where))
+    _refuse_unknown_fields(kind, values, name, where)
     hints = get_type_hints(kind)
     required = {entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING}
     checked: dict[str, object] = {}
@@ -263,6 +267,11 @@ def _fields(kind: type, values: object, name: str, where: str) -> dict[str, obje
         except PydanticUserError:  # a field of a class that pydantic cannot read from YAML, such as a config object
             checked[key] = value
     return checked
+
+
+def _refuse_unknown_fields(kind: type, values: object, name: str, where: str) -> None:
+    if isinstance(values, Mapping):
+        refuse_unknown(values, [entry.name for entry in fields(kind) if entry.init], name, _prefix(where))
 
 
 def _prefix(where: str) -> str:

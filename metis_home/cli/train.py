@@ -1,5 +1,6 @@
 """`metis-home train`: carry out a recipe, or say how much memory it needs."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -62,7 +63,9 @@ def train(
 
     from metis_home.training.run import run_recipe
 
-    summary = run_recipe(loaded, resume=resume, overwrite=overwrite)
+    # What trains logs, some of it to stdout; there, only the result is to be found.
+    with contextlib.redirect_stdout(sys.stderr):
+        summary = run_recipe(loaded, resume=resume, overwrite=overwrite)
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if as_json:
