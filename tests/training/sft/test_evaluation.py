@@ -9,7 +9,7 @@ from metis_home.errors import TrainingError, UnsupportedError
 from metis_home.training.sft import MetisSFTTrainer
 from metis_home.training.sft.plots import draw_curves
 from tests.training.sft.oracle import by_hand
-from tests.training.sft.small import config, processor, records, rows, small_model, trainer
+from tests.training.sft.small import batch_of, config, processor, records, rows, small_model, trainer
 
 
 @pytest.mark.parametrize("per_batch", [1, 3, 8])
@@ -175,3 +175,16 @@ def test_weights_in_16_bits_are_warned_of(tmp_path, caplog) -> None:
     caplog.clear()
     trainer(tmp_path, records(2))
     assert "rounded away" not in caplog.text
+
+
+def test_a_record_that_fills_up_the_last_batch_of_a_distributed_run_counts_once(tmp_path) -> None:
+    run = trainer(tmp_path, records(3))
+    batches = [batch_of(rows(3)), batch_of(rows(1))]  # the first row again
+    for batch in batches:
+        run.prediction_step(run.model.eval(), batch, prediction_loss_only=True)
+
+    once = run._eval_journal.report(lambda index: "all", 1.0, each_record_once=True)
+
+    expected = run.evaluate(records(3))
+    for name in ("lm_loss", "router_loss", "thinking_ratio", "router_ece"):
+        assert once[name] == pytest.approx(expected[f"eval_{name}"], rel=1e-6), name
