@@ -13,7 +13,7 @@ import typer
 
 from metis_home.errors import MetisHomeError
 
-from . import answer, checkpoints, doctor, evaluation, pipeline, train
+from . import answer, checkpoints, data, doctor, evaluation, pipeline, rewards, train
 
 app = typer.Typer(
     name="metis-home",
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (checkpoints, train, pipeline, answer, evaluation, doctor):
+for module in (checkpoints, data, rewards, train, pipeline, evaluation, answer, doctor):
     module.add_commands(app)
 
 _debug = False

@@ -31,6 +31,10 @@ RISE_HELP = """All stages of RECIPE: RL, pass rates, SFT set, convert, Stage-SFT
 
 Example: metis-home rise rise.yaml model=qwen-7b prompts=rl.jsonl non_thinking=vqa.jsonl held_out=test.jsonl output_dir=out
 """
+EXPORT_RECIPE_HELP = """Write a Stage-RL recipe for another trainer: data set, reward file, configuration.
+
+Example: metis-home export-recipe rise_rl.yaml out/for-verl --to verl model.path=qwen-7b data.train=rl.jsonl
+"""
 
 Out = Annotated[Path, typer.Option("--out", help="File to write; it appears when it is complete.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
@@ -42,6 +46,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("pass-rates", help=PASS_RATES_HELP)(pass_rates)
     app.command("build-sft", help=BUILD_SFT_HELP)(build_sft)
     app.command("rise", help=RISE_HELP)(rise)
+    app.command("export-recipe", help=EXPORT_RECIPE_HELP)(export_recipe)
 
 
 def pass_rates(
@@ -198,6 +203,29 @@ def rise(
     run_rise(loaded, say=print if dry_run else _say, dry_run=dry_run)
     if not dry_run:
         print(loaded.output_dir)
+
+
+def export_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or shipped recipe, stage rl.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    to: Annotated[str, typer.Option("--to", help="trl, verl or swift.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE...", help="Settings that replace the recipe's.")
+    ] = None,
+) -> None:
+    """Write a recipe for another trainer."""
+    from metis_home.training.data.records import load_records
+    from metis_home.training.pipeline.handover import export_recipe as export
+    from metis_home.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings or [], {"training.output_dir": str(out)})
+    records = [
+        record for source in loaded.data.train for record in load_records(source, image_root=loaded.data.image_root)
+    ]
+    made = export(loaded, records, out, target=to)
+    for note in made.not_carried_over:
+        _say(f"not carried over: {note}")
+    print(made.folder)
 
 
 def _device(device: str) -> str:

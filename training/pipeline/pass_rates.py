@@ -92,7 +92,7 @@ def pass_rates(
     """
     if out.exists():
         raise OutputError(f"{out} already exists. Use another --out, or --overwrite.")
-    _refuse_unjudgeable(records)
+    refuse_unjudgeable(records)
     units = [records[start : start + prompts_per_unit] for start in range(0, len(records), prompts_per_unit)]
     file = ShardFile(
         out,
@@ -167,7 +167,12 @@ def _line(
     }
 
 
-def _refuse_unjudgeable(records: "Sequence[Record]") -> None:
+def refuse_unjudgeable(records: "Sequence[Record]") -> None:
+    """Raise where a gold is missing or cannot be judged.
+
+    Raises:
+        DataError: such rows, all of them listed.
+    """
     from ..verifier import gold_problem
 
     bad = []

@@ -1,0 +1,130 @@
+"""What is handed to another trainer: rows it can read, rewards that work, settings that say the same."""
+
+import importlib.util
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from metis_home.errors import DataError, OutputError, RecipeError
+from metis_home.training.data.records import load_records
+from metis_home.training.pipeline.handover import TARGETS, export_recipe
+from metis_home.training.recipe import Recipe, parse_recipe
+
+
+def recipe(**training: object) -> Recipe:
+    return parse_recipe(
+        {
+            "stage": "rl",
+            "model": {"path": "qwen-7b"},
+            "data": {"train": ["rl.jsonl"]},
+            "rewards": ["accuracy_reward", "format_reward"],
+            "training": {
+                "output_dir": "out",
+                "num_generations": 4,
+                "prompts_per_step": 6,
+                "clip_high": 0.3,
+                "reward_weights": [0.9, 0.1],
+                "loss_aggregation": "sequence_mean",
+                **training,
+            },
+        }
+    )
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list:
+    Image.new("RGB", (30, 40), "red").save(tmp_path / "red.png")
+    rows = [
+        {"id": "a", "prompt": "<image>What is 3 + 4?", "images": ["red.png"], "solution": "7", "kind": "integer"},
+        {"id": "b", "prompt": "What is 1 + 1?", "solution": "2"},
+    ]
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_records(tmp_path / "rl.jsonl")
+
+
+def script_settings(path: Path) -> list[str]:
+    """The words that the shell would pass, with $HERE in them."""
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text().partition("&& pwd)\n")[2].replace("\\\n", " ")
+    return shlex.split(text)
+
+
+def module(path: Path):
+    spec = importlib.util.spec_from_file_location(f"handed_{path.stem}", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_trl_gets_conversations_images_and_our_rewards(records, tmp_path: Path) -> None:
+    made = export_recipe(recipe(), records, tmp_path / "trl", target="trl")
+
+    rows = [json.loads(line) for line in (made.folder / "prompts.jsonl").read_text().splitlines()]
+    assert [block["type"] for block in rows[0]["prompt"][1]["content"]] == ["image", "text"]
+    assert [len(row["images"]) for row in rows] == [1, 0]
+    assert Image.open(made.folder / rows[0]["images"][0]).size == (30, 40)
+    fields = json.loads((made.folder / "config.json").read_text())["grpo"]
+    assert (fields["epsilon"], fields["epsilon_high"], fields["delta"], fields["beta"]) == (0.2, 0.3, 3.0, 0.0)
+    assert fields["loss_type"] == "grpo"
+    assert fields["per_device_train_batch_size"] * fields["gradient_accumulation_steps"] == 4 * 6
+    handed = module(made.folder / "rewards.py")
+    answer = "<think>so</think><answer>7</answer>"
+    assert [reward([""], [answer], solution=["7"]) for reward in handed.REWARDS] == [[1.0], [1.0]]
+    assert handed.WEIGHTS == [0.9, 0.1]
+    compile((made.folder / "train.py").read_text(), "train.py", "exec")
+    assert any("refill" in note for note in made.not_carried_over)
+
+
+def test_verl_gets_parquet_and_a_script(records, tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    made = export_recipe(recipe(), records, tmp_path / "verl", target="verl")
+
+    rows = pyarrow.parquet.read_table(made.folder / "prompts.parquet").to_pylist()
+    assert rows[0]["prompt"][1]["content"] == "<image>What is 3 + 4?"
+    assert rows[0]["images"][0]["bytes"].startswith(b"\x89PNG")
+    assert rows[0]["reward_model"]["ground_truth"] == "7"
+    score = module(made.folder / "rewards.py").compute_score
+    answer = "<think>so</think><answer>7</answer>"
+    assert score("s", answer, "7", rows[0]["extra_info"])["score"] == pytest.approx(1.0)
+    words = script_settings(made.folder / "train.sh")
+    assert "actor_rollout_ref.actor.clip_ratio_high=0.3" in words
+    assert "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean" in words
+    assert "data.train_files=$HERE/prompts.parquet" in words
+    assert (made.folder / "train.sh").stat().st_mode & 0o100
+
+
+def test_swift_gets_rows_a_plugin_and_a_script(records, tmp_path: Path) -> None:
+    made = export_recipe(recipe(), records, tmp_path / "swift", target="swift")
+
+    rows = [json.loads(line) for line in (made.folder / "prompts.jsonl").read_text().splitlines()]
+    assert rows[0]["messages"][1]["content"] == "<image>What is 3 + 4?"
+    assert (rows[0]["solution"], len(rows[0]["images"])) == ("7", 1)
+    words = script_settings(made.folder / "train.sh")
+    flags = {word: words[place + 1] for place, word in enumerate(words) if word.startswith("--")}
+    assert (flags["--epsilon"], flags["--epsilon_high"], flags["--num_generations"]) == ("0.2", "0.3", "4")
+    start = words.index("--reward_funcs")
+    assert words[start + 1 : start + 3] == ["metis_accuracy", "metis_format"]
+    assert 'orms["metis_accuracy"] = MetisAccuracyORM' in (made.folder / "plugin.py").read_text()
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_what_only_our_trainer_does_is_refused(target: str, records, tmp_path: Path) -> None:
+    for change, word in (({"advantage": "hdpo"}, "advantage"), ({"thinking": True}, "thinking")):
+        with pytest.raises(RecipeError, match=f"training.{word} .* cannot be handed over"):
+            export_recipe(recipe(**change), records, tmp_path / "out", target=target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_gold_and_folders_in_use_are_refused(records, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no gold that can be judged"):
+        export_recipe(recipe(), load_records([{"prompt": "What?"}]), tmp_path / "out", target="trl")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="already exists"):
+        export_recipe(recipe(), records, tmp_path / "out", target="trl")
+    with pytest.raises(RecipeError, match="Expected one of trl, verl, swift"):
+        export_recipe(recipe(), records, tmp_path / "out", target="openrlhf")
