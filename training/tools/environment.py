@@ -104,22 +104,33 @@ class ToolConversation:
     """T of HDPO: turns whose calls were executed; turns with failed calls count."""
     results: list[ToolResult] = field(default_factory=list, init=False)
     finish: Finish | None = field(default=None, init=False)
+    _ended: bool = field(default=False, init=False)
+    """The last turn came with its end token."""
 
     def advance(self, generated_ids: Sequence[int], *, truncated: bool = False) -> Piece | None:
         """Take one generated turn; run its calls; return what comes before the next turn, or None when it is over.
+
+        Raises:
+            TrainingError: the conversation is over, or the turn holds image or video tokens.
+            SandboxError: a tool is broken (not: a call failed).
+        """
+        calls = self.take_turn(generated_ids, truncated=truncated)
+        return self.observe(self.run(calls)) if calls else None
+
+    def take_turn(self, generated_ids: Sequence[int], *, truncated: bool = False) -> list[ToolCall]:
+        """Take one generated turn; return the calls that are to be run, none when the conversation is over.
 
         Args:
             generated_ids: the turn's tokens as sampled, with its end token if there was one.
             truncated: the engine ended the turn at a limit of tokens: nothing in it is executed.
         Raises:
             TrainingError: the conversation is over, or the turn holds image or video tokens.
-            SandboxError: a tool is broken (not: a call failed).
         """
         if self.finish is not None:
             raise TrainingError(f"the conversation is over ({self.finish}); no turn can be added.")
         ids = [int(token) for token in generated_ids]
         self._add_generated(ids)
-        text, ended = self._text(ids)
+        text, self._ended = self._text(ids)
         self.turns += 1
         self.messages.append({"role": "assistant", "content": text})
         calls = parse_calls(text)
@@ -129,12 +140,36 @@ class ToolConversation:
             self.finish = "answered"
         elif self.turns >= self.limits.turns:
             self.finish = "max_turns"
-        if self.finish is not None:
-            return None
-        results = self._run(calls)
+        return [] if self.finish is not None else calls
+
+    def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Run the calls of a turn. Touches the context and the tools only, no tokenizer: other threads may do it.
+
+        Raises:
+            SandboxError: a tool is broken (not: a call failed).
+        """
+        by_name = tools_by_name(self.tools)
+        results = []
+        for number, call in enumerate(calls):
+            if number >= self.limits.calls_per_turn:
+                results.append(
+                    failure("too_many_calls", f"only {self.limits.calls_per_turn} calls are run in one turn")
+                )
+                break
+            result = run_call(call, by_name, self.context, self.limits.seconds)
+            self.context.seconds += result.seconds
+            results.append(result)
+        return results
+
+    def observe(self, results: Sequence[ToolResult]) -> Piece | None:
+        """Take the results of the last turn's calls; return what comes before the next turn, or None when it is over.
+
+        Raises:
+            ValueError: the image processor cannot use an image; nothing has changed then.
+        """
+        message, piece = self._observe(results, self._ended)
         self.tool_turns += 1
         self.results += results
-        message, piece = self._observe(results, ended)
         if piece is None or len(piece.input_ids) >= self.tokens_left:
             self.finish = "token_limit"
             return None
@@ -158,6 +193,11 @@ class ToolConversation:
         return [bit for piece in self.pieces for bit in piece.loss_mask]
 
     @property
+    def mm_token_type_ids(self) -> list[int]:
+        """1 at image tokens, else 0; as long as `input_ids`."""
+        return [kind for piece in self.pieces for kind in piece.mm_token_type_ids]
+
+    @property
     def images(self) -> list[Image.Image]:
         """Images of all observations, in order."""
         return [image for piece in self.pieces for image in piece.images]
@@ -179,21 +219,7 @@ class ToolConversation:
         text = tokenizer.decode(ids[:-1] if ended else ids, clean_up_tokenization_spaces=False)
         return text, ended
 
-    def _run(self, calls: list[ToolCall]) -> list[ToolResult]:
-        by_name = tools_by_name(self.tools)
-        results = []
-        for number, call in enumerate(calls):
-            if number >= self.limits.calls_per_turn:
-                results.append(
-                    failure("too_many_calls", f"only {self.limits.calls_per_turn} calls are run in one turn")
-                )
-                break
-            result = run_call(call, by_name, self.context, self.limits.seconds)
-            self.context.seconds += result.seconds
-            results.append(result)
-        return results
-
-    def _observe(self, results: list[ToolResult], ended: bool) -> tuple[Message, Piece | None]:
+    def _observe(self, results: Sequence[ToolResult], ended: bool) -> tuple[Message, Piece | None]:
         """The observation, shortened until it fits: first its texts, by halves, then its images. None: it cannot."""
         limits = self.context.limits
         while True:
