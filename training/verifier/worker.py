@@ -8,6 +8,7 @@ It may hang or eat memory on what a policy writes, so it is built to be killed: 
 cannot run (a huge power holds the interpreter) and the parent is gone; the end of stdin ends it when it is idle.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -52,7 +53,7 @@ def main() -> None:
 def _compare(gold: str, prediction: str, tolerance: float | None, tell: Any) -> str:
     from math_verify import verify
 
-    parsed_gold = _parse(gold)
+    parsed_gold = _parse_gold(gold)
     tell(bool(parsed_gold))
     if not parsed_gold:
         return "different"
@@ -65,6 +66,18 @@ def _compare(gold: str, prediction: str, tolerance: float | None, tell: Any) -> 
         return "equal" if tolerance is not None and _near(parsed_gold[0], parsed[0], tolerance) else "different"
     except (Exception, RecursionError, MemoryError):
         return "different"
+
+
+@lru_cache(maxsize=512)
+def _parse_gold(gold: str) -> tuple[Any, ...]:
+    """The parsed gold, after one comparison with a number: what takes too long there is the gold's fault."""
+    from math_verify import verify
+
+    parsed = _parse(gold)
+    if parsed:
+        with contextlib.suppress(Exception, RecursionError, MemoryError):
+            verify(list(parsed), list(_parse("$1234.5$")), timeout_seconds=None)
+    return parsed
 
 
 @lru_cache(maxsize=512)
