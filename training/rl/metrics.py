@@ -75,12 +75,14 @@ def filling_metrics(filling: "Filling", reward_names: Sequence[str], correct_nam
 
 
 def filling_columns(filling: "Filling") -> dict[str, float]:
-    """What reward functions gave to `log_metric` on this rank: the mean of each."""
+    """Of this rank: what the verifier counted, and the mean of what reward functions gave to `log_metric`."""
+    from ..verifier import verdict_counts
+
     found: dict[str, list[float]] = defaultdict(list)
     for group in filling.groups:
         for name, values in group.scores.metrics.items():
             found[name] += values
-    return {name: sum(values) / len(values) for name, values in found.items() if values}
+    return verdict_counts.take() | {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 def _branches(rollouts: Sequence[Rollout], groups: "Sequence[Group]") -> bool:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from metis_home.errors import TrainingError
@@ -36,11 +37,10 @@ def draw_plots(history: Sequence[Mapping[str, float]], output_dir: str | os.Path
     Raises:
         TrainingError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TrainingError('plots need matplotlib: pip install "metis_home[train]", or set plots: false') from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     folder = Path(output_dir) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -62,6 +62,16 @@ def draw_plots(history: Sequence[Mapping[str, float]], output_dir: str | os.Path
         written.append(path)
     logger.info("drew %d plots into %s", len(written), folder)
     return written
+
+
+def require_matplotlib() -> None:
+    """Raise unless plots can be drawn: better before training than after it.
+
+    Raises:
+        TrainingError: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise TrainingError('plots need matplotlib: pip install "metis_home[train]", or set plots: false')
 
 
 def curve(history: Sequence[Mapping[str, float]], metric: str) -> list[tuple[float, float]]:

@@ -32,7 +32,7 @@ from .config import MetisRLConfig
 from .metrics import Stopwatch, UpdateMetrics, filling_columns, filling_metrics
 from .parts import base_of, choose_parts, end_token_ids, reference_of, suppressed_token_ids, wanted_branch
 from .planning import plan_steps
-from .plots import draw_plots
+from .plots import draw_plots, require_matplotlib
 from .prompts import PromptSource
 from .rl_buffer import BufferFiller
 from .samples import Buffer
@@ -123,6 +123,13 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             seed=args.seed * 1000 + rank,
             autocast=self._generating,
         )
+        if args.plots:
+            require_matplotlib()
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"{args.n_gpu} GPUs are visible to one process, which would be torch.nn.DataParallel. Start one process "
+                "per GPU (torchrun --nproc-per-node), or set CUDA_VISIBLE_DEVICES."
+            )
         if args.prompts_per_step % ranks:
             raise RecipeError(f"prompts_per_step is {args.prompts_per_step} and does not divide among {ranks} ranks")
         groups = args.prompts_per_step // ranks * args.updates_per_rollout
@@ -164,7 +171,10 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         return DataLoader(self._step_counter, batch_size=1, collate_fn=_first)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One optimizer step's forwards and backwards; returns its loss, over all ranks' normalisers, of this rank."""
+        """One optimizer step's forwards and backwards; returns this rank's share of its loss, times the ranks.
+
+        Trainer logs the mean over ranks, which is then the loss of the step.
+        """
         if self._resume_from is not None:
             self._load(self._resume_from)
             self._resume_from = None
@@ -189,7 +199,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
                     loss = result.loss * self.args.world_size
                     self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
                 self.update_metrics.add(result.sums)
-                total += result.loss.detach()
+                total += loss.detach()
         self.accelerator.gradient_state._set_sync_gradients(True)
         return total
 

@@ -16,7 +16,9 @@ RopeIndex = Callable[..., tuple[Tensor, Tensor]]
 
 def rope_index_of(model: nn.Module) -> RopeIndex:
     """The `get_rope_index` of a model, wrapped or not."""
-    return next(cast(RopeIndex, module.get_rope_index) for module in model.modules() if hasattr(module, "get_rope_index"))
+    return next(
+        cast(RopeIndex, module.get_rope_index) for module in model.modules() if hasattr(module, "get_rope_index")
+    )
 
 
 def fill_positions(prompt: Prompt, rope_index: RopeIndex) -> None:

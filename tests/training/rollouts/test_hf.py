@@ -8,6 +8,7 @@ import torch
 from metis_home import Branch
 from metis_home.errors import EngineError
 from metis_home.training.logprobs import score_tokens
+from metis_home.training.rollouts.decoding import draw
 from metis_home.training.rollouts.engine import RolloutEngine
 from metis_home.training.rollouts.hf import HFEngine
 from metis_home.training.rollouts.positions import rollout_positions, rope_index_of
@@ -182,6 +183,25 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     probability = {rollout.completion_ids[0]: math.exp(rollout.logprobs[0]) for rollout in group}
     for token, p in probability.items():
         assert abs(counts[token] / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+
+
+def test_draws_are_in_proportion_and_never_of_probability_zero() -> None:
+    probability = torch.tensor([[0.0, 0.25, 0.0, 0.6, 0.15, 0.0]]).expand(20000, -1)
+
+    tokens = draw(probability, torch.Generator().manual_seed(0))
+
+    share = tokens.flatten().bincount(minlength=6) / 20000
+    assert share[[0, 2, 5]].eq(0).all()
+    torch.testing.assert_close(share, probability[0], rtol=0, atol=0.015)
+
+
+def test_many_unlikely_tokens_are_drawn_as_often_as_they_should() -> None:
+    tail = torch.full((100_000,), 2e-8)  # 0.2 % in all, each below what float32 keeps beside 0.998
+    probability = torch.cat([torch.tensor([0.998]), tail])[None].expand(5000, -1)
+
+    tokens = torch.cat([draw(part, torch.Generator().manual_seed(n)) for n, part in enumerate(probability.split(100))])
+
+    assert 3 <= int((tokens > 0).sum()) <= 20
 
 
 def test_top_k_and_top_p_limit_what_is_drawn_and_not_the_log_probability() -> None:
