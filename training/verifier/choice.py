@@ -15,6 +15,7 @@ _ONLY = re.compile(r"[(\[<]?\s?([A-Za-z])\s?[)\]>]?\s?[.:)]?")
 _LABELLED = re.compile(r"(?:[(\[]\s?([A-Za-z])\s?[)\]]|([A-Z])\s?[.:)]|([a-z])\s?[.)])\s*(\S.*)", re.DOTALL)
 _LEAD = re.compile(r"^(?:the )?(?:correct |right |best |final )?(?:option|choice|answer)s?(?: is|:)?\s+", re.IGNORECASE)
 _MARK = re.compile(r"(?<![\w'\\])[(\[]?([A-Z])[)\]]?(?![\w'])")
+_HEDGED = re.compile(r"(?<![\w'])[(\[]?[A-Z][)\]]?,?\s+or\b|\bor\s+[(\[]?[A-Z][)\]]?(?![\w'])")  # "B or 12"
 _ARTICLE = re.compile(r"(?<![\w'(\[])A (?=[a-z])")
 
 
@@ -79,6 +80,8 @@ def same_choice(gold: Choice, prediction: str, same_text: Callable[[str, str], b
     elif gold.text is not None and same_text(gold.text, text):
         return True, "is the text of the option"
     named = _letters_in(text, gold.letters)
+    if _HEDGED.search(text):
+        raise Unreadable("names a letter or something else")
     if len(named) == 1:
         return _compared(gold, named.pop())
     if named:

@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+MAX_SENTENCE = 1000  # characters of a sentence in which a formula is looked for
+
 # Vulgar fractions and superscripts first: NFKC would turn 1½ into 11⁄2 and cm² into cm2.
 _FRACTIONS = {
     "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
@@ -72,12 +74,21 @@ def fold(text: str) -> str:
     return " ".join(word for word in words if word not in {"a", "an", "the"}) or " ".join(words)
 
 
+_SPAN = re.compile(r"(?<!\\)(?P<fence>\$\$?)(?P<dollars>[^$]+)(?<!\\)(?P=fence)|\\\((?P<round>.{1,400}?)\\\)")
+_HEDGES = re.compile(r"\d|\$|\b(?:or|not|either|neither|nor|maybe|if|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+
+
 def only_math_span(text: str) -> str | None:
-    """The content of the one `$...$` or `\\(...\\)` in a sentence; None where there is none, several, or an odd one."""
-    spans = re.findall(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.{1,400}?)\\\)", text[:2000])
-    if len(spans) != 1 or len(re.findall(r"(?<!\\)\$\$?", text)) not in (0, 2):
+    r"""The content of the one `$...$` or `\(...\)` in a sentence, such as `The area is $12$ square metres`.
+
+    None where there is none or several, or where the words around it hold a number or a hedge: `$12$ or 13`.
+    """
+    found = _SPAN.search(text[:MAX_SENTENCE])
+    if found is None or len(text) > MAX_SENTENCE:
         return None
-    return (spans[0][0] or spans[0][1]).strip() or None
+    if _HEDGES.search(text[: found.start()] + " " + text[found.end() :]):
+        return None
+    return (found["dollars"] or found["round"]).strip() or None
 
 
 def _plain_symbols(text: str) -> str:

@@ -27,6 +27,8 @@ def read_boolean(text: str) -> bool:
     named = {_IN_SENTENCE[word] for word in words if word in _IN_SENTENCE}
     if len(named) != 1:
         raise Unreadable("says both yes and no" if named else "says neither yes nor no")
+    if re.search(r"\b(?:yes|no|true|false) or\b|\bor (?:yes|no|true|false)\b", folded):
+        raise Unreadable("says yes or no, or something else")
     if _NEGATIONS.search(folded) and words[0] not in _IN_SENTENCE:
         raise Unreadable("negates: cannot tell yes from no")
     return named.pop()
@@ -81,6 +83,8 @@ def find_option(text: str, options: Sequence[str]) -> int:
     ]
     if exact or len(standing) != 1:
         raise Unreadable("names several options" if exact or standing else "names no option")
+    if re.search(r"\bor\b", folded) and not re.search(r"\bor\b", names[standing[0]]):
+        raise Unreadable("names an option or something else")
     if _NEGATIONS.search(folded) and not _NEGATIONS.search(names[standing[0]]):
         raise Unreadable("negates: cannot tell which option is meant")
     return standing[0]

@@ -36,8 +36,12 @@ intervals = st.tuples(st.sampled_from("(["), integers, st.integers(1, 100), st.s
 golds = st.one_of(
     numbers, words, choices, times, several, intervals, st.sampled_from(["yes", "No", "True", "1:2", "3:4:5"])
 )
-wrappings = st.sampled_from(["{}", "<answer>{}</answer>", "<think>r</think><answer>{}</answer>", "<answer> The answer is {} </answer>",
-                             "<answer>\\boxed{{{}}}</answer>", "<answer>$\\boxed{{{}}}$.</answer>", "**{}**", "\\boxed{{{}}}"])  # fmt: skip
+wrappings = st.sampled_from(
+    [
+        *("{}", "<answer>{}</answer>", "<think>r</think><answer>{}</answer>", "<answer> The answer is {} </answer>"),
+        *("<answer>\\boxed{{{}}}</answer>", "<answer>$\\boxed{{{}}}$.</answer>", "**{}**", "\\boxed{{{}}}"),
+    ]
+)
 
 
 @given(golds, wrappings)
@@ -53,11 +57,9 @@ junk = st.text(
     ).map(lambda s: s[:1])),
     max_size=60,
 )  # fmt: skip
-pieces = st.lists(
-    st.sampled_from(["\\boxed{", "}", "{", "<answer>", "</answer>", "<think>", "</think>", "\\frac", "\\{", "\\}", "4", "A", "$", ",", "(", ")",
-                     "x", "=", " or ", "\\pm", "%", "cm", ":", "30", "-", "^", "!", "\\cup", "[", "]", " ", "is ", "1,000"]),
-    max_size=14,
-).map("".join)  # fmt: skip
+tags = "<answer> </answer> <think> </think>"
+marks = r"\boxed{ } { \frac \{ \} 4 A $ , ( ) x = or \pm % cm : 30 - ^ ! \cup [ ] is 1,000"
+pieces = st.lists(st.sampled_from([*tags.split(), *marks.split(), " ", " or ", " is "]), max_size=14).map("".join)
 
 
 @given(

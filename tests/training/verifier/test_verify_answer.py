@@ -73,6 +73,9 @@ OTHERS = [
     ("12", "5 is wrong and it is 12", False),
     ("12", "The area is $12$ square metres.", True),
     ("12", "$11$ or $12$", False),
+    ("12", "$12$ or 13", False),
+    ("12", "It is not $12$.", False),
+    ("12", r"The area is \(12\) m", True),
     ("9", "3^2", True),
     ("120", "5!", True),
     ("5", "5!", False),
@@ -104,6 +107,10 @@ OTHERS = [
     ("B", "**B**", True),
     ("A", "A cat is in the box", False),
     ("A", "12", False),
+    ("B", "B or 123457", False),
+    ("B", "either 12 or B", False),
+    ("yes", "yes or 12", False),
+    ("yes", "Yes, it is red or blue", True),
     ("A. 12", "12", True),
     ("A. 12", "A", True),
     ("A, C", "C and A", True),
@@ -300,8 +307,9 @@ def test_an_unknown_kind_is_an_error_that_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("gold", "kind"),
-    [("B", "choice"), ("(B) red", "choice"), ("A, B", "choices"), ("No", "boolean"), ("blue", "text"), ("2024-01-05", "text"),
-     ("4 cm", "number"), ("10%", "number"), ("1,000", "number"), ("12:30", "time"), ("3:4", "ratio"), ("(1,2)", "point"),
+    [("B", "choice"), ("(B) red", "choice"), ("A, B", "choices"), ("No", "boolean"), ("blue", "text"),
+     ("2024-01-05", "text"), ("4 cm", "number"), ("10%", "number"), ("1,000", "number"),
+     ("12:30", "time"), ("3:4", "ratio"), ("(1,2)", "point"),
      ("[1,2]", "interval"), ("x<3", "interval"), ("1,2", "list"), ("[1,2,3]", "list"), (r"\{1\}", "set"),
      ("1 or 2", "set"), ("black and white", "text"), ("2x+1", "expression"), (r"\sqrt{2}", "expression"), ("x", "text")],
 )  # fmt: skip
