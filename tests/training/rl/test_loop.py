@@ -55,7 +55,7 @@ def test_losses_and_weights_equal_those_of_the_readable_loop(tmp_path, kind: str
 
     logged = [entry["loss"] for entry in ours.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, abs=1e-6)
-    assert max(abs(loss) for loss in losses) > 1e-3 or updates == 1
+    assert max(abs(loss) for loss in losses) > 1e-4 or updates == 1
     start = dict(build().named_parameters())
     moved = 0
     for name, parameter in model.named_parameters():
