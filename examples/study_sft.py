@@ -26,11 +26,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pico.dense import DenseSettings, TowerSettings, train_dense, write_tower
+from pico.dense import DenseSettings, TowerSettings, train_dense, write_encoded, write_tower
 from pico.families import Sizes, write_families
 from pico.sft import (
     SFTSettings,
     answers,
+    check,
     image_hashes,
     read,
     shuffled,
@@ -131,9 +132,16 @@ def prepare(study: Study, plan: Plan) -> Json:
         right = write_tower(folder, study.directory("data") / "dense.jsonl", plan.tower)
         return {"cells_named_rightly": right}
 
+    def encoded(folder: Path) -> Json:
+        check(study.directory("data"), study.directory("tower"), "sft")
+        rows = study.directory("data") / "dense.jsonl"
+        return {"rows": write_encoded(folder / "dense.pt", study.directory("tower"), rows)}
+
     shared = study.stage("data", data, settings=plan.sizes)
     shared |= study.stage("words", words, after=("data",))
-    return shared | study.stage("tower", tower, settings=plan.tower, after=("data",))
+    shared |= study.stage("tower", tower, settings=plan.tower, after=("data",))
+    study.stage("encoded", encoded, after=("data", "tower"))
+    return shared
 
 
 def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
@@ -145,12 +153,14 @@ def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
     found: Json = {"seed": seed}
 
     def train_it(folder: Path) -> Json:
-        return train_dense(folder, study.directory("tower"), data / "dense.jsonl", plan.dense, seed=seed)
+        return train_dense(
+            folder, study.directory("tower"), study.directory("encoded") / "dense.pt", plan.dense, seed=seed
+        )
 
     def answer_dense(folder: Path) -> Json:
         return summarize(answers(study.directory(dense), folder, read(data, "test"), ["auto"], plan.sft.max_new_tokens))
 
-    found["dense"] = study.stage(dense, train_it, settings=[asdict(plan.dense), seed], after=("tower",))
+    found["dense"] = study.stage(dense, train_it, settings=[asdict(plan.dense), seed], after=("tower", "encoded"))
     if is_control:
         return found | {"control": train_and_answer(study, plan, seed, "mean", name="control", modes=MODES)}
     found["dense_answers"] = study.stage(

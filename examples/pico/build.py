@@ -17,10 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `pico` is a package of examples/
 
-from pico.dense import DenseSettings, TowerSettings, train_dense, write_tower
+from pico.dense import DenseSettings, TowerSettings, train_dense, write_encoded, write_tower
 from pico.families import Sizes, write_families
 
-SIZES = Sizes(dense=1000, sft=400, test=100, templates=50)
+SIZES = Sizes(dense=600, sft=300, test=60, templates=10)
 
 
 def build(out: Path, *, tower_steps: int, dense_steps: int) -> None:
@@ -34,7 +34,9 @@ def build(out: Path, *, tower_steps: int, dense_steps: int) -> None:
     tower = TowerSettings(pictures=1000, steps=tower_steps)
     write_tower(partial / "tower", families / "dense.jsonl", tower)
     dense = DenseSettings(steps=dense_steps, warmup_steps=10)
-    train_dense(partial / "dense", partial / "tower", families / "dense.jsonl", dense, seed=0)
+    encoded = partial / "encoded.pt"
+    write_encoded(encoded, partial / "tower", families / "dense.jsonl")
+    train_dense(partial / "dense", partial / "tower", encoded, dense, seed=0)
     upcycle(partial / "dense", partial / "model", router_hidden_size=64)
 
     data = partial / "data"
@@ -44,6 +46,7 @@ def build(out: Path, *, tower_steps: int, dense_steps: int) -> None:
     (families / "images").rename(data / "images")
     shutil.rmtree(families)
     shutil.rmtree(partial / "tower")
+    encoded.unlink()
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -64,13 +63,23 @@ def write_tower(folder: Path, rows: Path, settings: TowerSettings, *, seed: int 
     return right
 
 
+def write_encoded(file: Path, tower: Path, rows: Path) -> int:
+    """Encode `rows` for `train_dense`, once for all seeds; return how many there are."""
+    encoder = Encoder(MetisHomeProcessor.from_pretrained(tower), system_prompt=None)
+    examples = [encoder.example(record) for record in load_records(rows)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(examples, file)
+    return len(examples)
+
+
 def train_dense(
-    folder: Path, tower: Path, rows: Path, settings: DenseSettings, *, seed: int
+    folder: Path, tower: Path, encoded: Path, settings: DenseSettings, *, seed: int
 ) -> dict[str, float | None]:
-    """Train a dense model on `rows` and write it to `folder`.
+    """Train a dense model and write it to `folder`.
 
     Args:
         tower: what `write_tower` made; its vision tower and tokenizer are taken, all else begins at random from `seed`.
+        encoded: what `write_encoded` made.
     Returns:
         The last losses (nats per token), and how long it took.
     """
@@ -78,7 +87,7 @@ def train_dense(
     processor = MetisHomeProcessor.from_pretrained(tower)
     model = make_model(processor.tokenizer, seed=seed)
     model.model.visual.load_state_dict(_visual_state(tower))
-    examples = _examples(tower, rows)
+    examples: list[Example] = torch.load(encoded, weights_only=False)
     collate = PaddingCollator(processor.tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -116,13 +125,6 @@ def _batches(rows: int, size: int, seed: int) -> Iterator[list[int]]:
 def _mean(values: list[float]) -> float:
     """The average."""
     return sum(values) / len(values)
-
-
-@cache
-def _examples(tower: Path, rows: Path) -> list[Example]:
-    """Encoded rows, once per process: every seed reads the same ones."""
-    encoder = Encoder(MetisHomeProcessor.from_pretrained(tower), system_prompt=None)
-    return [encoder.example(record) for record in load_records(rows)]
 
 
 def _visual_state(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,12 +17,12 @@ from PIL import Image
 
 from metis_home.training.data.records import write_rows
 
-from . import numbers, shapes
+from . import amounts, shapes
 from .query import Query
 from .wording import wrap
 
 Family = Literal["direct", "reasoning"]
-Part = Literal["dense", "sft", "test", "templates"]
+Part = Literal["dense", "sft", "rl", "test", "templates"]
 MODE_OF: dict[str, str] = {"direct": "non_thinking", "reasoning": "thinking"}
 
 # A family is a mix of sources, by weight.
@@ -47,17 +47,17 @@ def queries(family: Family, count: int, *, part: Part, seed: int = 0) -> list[Qu
     Training parts take easy-vqa's training images, the others its test images; only `templates` has held-out templates.
     """
     rng = random.Random(f"{family}/{part}/{seed}")
-    split: shapes.Split = "train" if part in ("dense", "sft") else "test"
+    split: shapes.Split = "train" if part in ("dense", "sft", "rl") else "test"
     mix = DIRECT if family == "direct" else REASONING
     make: dict[str, Callable[[], Query]] = {
         "easy-vqa": lambda: shapes.easy_vqa(split, rng),
         "count-one": lambda: shapes.count_one(split, rng),
         "count-several": lambda: shapes.several(rng),
-        "read-number": lambda: numbers.number(rng),
-        "read-word": lambda: numbers.word(rng),
-        "read-bar": lambda: numbers.one_bar(rng),
-        "arithmetic": lambda: numbers.expression(rng),
-        "chart": lambda: numbers.bars(rng),
+        "read-number": lambda: amounts.number(rng),
+        "read-word": lambda: amounts.word(rng),
+        "read-bar": lambda: amounts.one_bar(rng),
+        "arithmetic": lambda: amounts.expression(rng),
+        "chart": lambda: amounts.bars(rng),
     }
     return [make[source]() for source in rng.choices(list(mix), list(mix.values()), k=count)]
 
@@ -71,15 +71,21 @@ def write_families(folder: Path, sizes: Sizes, *, seed: int = 0) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for part in ("dense", "sft", "test", "templates"):
-        rng = random.Random(f"wording/{part}/{seed}")
-        rows = []
-        for family in ("direct", "reasoning"):
-            for query in queries(family, getattr(sizes, part), part=part, seed=seed):  # type: ignore[arg-type]
-                rows.append(_row(query, f"{part}-{len(rows):05d}", part, partial, rng))
-        rng.shuffle(rows)
-        write_rows(partial / f"{part}.jsonl", rows)
+        write_part(partial, part, getattr(sizes, part), seed=seed)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def write_part(folder: Path, part: Part, rows_per_family: int, *, seed: int = 0) -> None:
+    """Write one part: folder/<part>.jsonl and its images. `rl` has prompts and answers for Stage-RL, and no modes."""
+    rng = random.Random(f"wording/{part}/{seed}")
+    rows: list[dict[str, str]] = []
+    families: tuple[Family, ...] = ("direct", "reasoning")
+    for family in families:
+        for query in queries(family, rows_per_family, part=part, seed=seed):
+            rows.append(_row(query, f"{part}-{len(rows):05d}", part, folder, rng))
+    rng.shuffle(rows)
+    write_rows(folder / f"{part}.jsonl", rows)
 
 
 def _row(query: Query, name: str, part: str, folder: Path, rng: random.Random) -> dict[str, str]:
@@ -99,9 +105,10 @@ def _row(query: Query, name: str, part: str, folder: Path, rng: random.Random) -
         "kind": kind,
         "source": query.source,
         "family": family,
-        "mode": "thinking" if part == "dense" else MODE_OF[family],
+        "derivation": query.reasoning,
     }
-    row["derivation"] = query.reasoning
-    if row["mode"] == "thinking":
-        row["reasoning"] = query.reasoning
+    if part != "rl":
+        row["mode"] = "thinking" if part == "dense" else MODE_OF[family]
+        if row["mode"] == "thinking":
+            row["reasoning"] = query.reasoning
     return row

@@ -71,7 +71,7 @@ def router(report: Report, folder: Path) -> Path:
 def pooling(report: Report, folder: Path) -> Path:
     """Mean against attention pooling: errors of the router, trained alone and within Stage-SFT."""
     figure, axes = _subplots(1, width=5.5)
-    bars = {}
+    bars: dict[str, list[float]] = {}
     for name in ("mean", "attention"):
         alone = [1 - seed["router_alone"][name]["router_accuracy"] for seed in report["seeds"]]
         trained = [1 - seed[name]["test"]["router"]["accuracy"]["value"] for seed in report["seeds"]]

@@ -13,6 +13,8 @@ from PIL import Image
 from metis_home import Branch, MetisHomeForConditionalGeneration, MetisHomeProcessor
 from metis_home.convert import upcycle
 from metis_home.media import Message
+from metis_home.training.data.check import check_records
+from metis_home.training.data.encode import Encoder
 from metis_home.training.data.formats import build_response
 from metis_home.training.data.records import Record, load_records
 from metis_home.training.evaluation import evaluate
@@ -146,6 +148,12 @@ def question(record: Record) -> str:
     return " ".join(str(block["text"]) for block in content if block.get("type") == "text")
 
 
+def check(data: Path, model: Path, part: str) -> None:
+    """Raise unless every row of a part can be trained on; the trainings then need not look again."""
+    encoder = Encoder(MetisHomeProcessor.from_pretrained(model), system_prompt=None)
+    check_records(read(data, part), purpose="sft", encoder=encoder).raise_if_bad()
+
+
 def image_hashes(data: Path, part: str) -> set[str]:
     """Digests of the pixels of a part's images."""
     digests = set()
@@ -168,6 +176,7 @@ def _quiet(steps: int, seed: int) -> dict:
         "report_to": "none",
         "disable_tqdm": True,
         "system_prompt": None,
+        "check_data": False,  # `check` did
         "seed": seed,
         "use_cpu": True,
         "plots": False,

@@ -146,7 +146,9 @@ def _cells_of(mask: Image.Image) -> list[int]:
     return [cell for cell, count in enumerate(pixels) if count >= min(CELL * CELL // 4, max(pixels))]
 
 
-def _draw_one(canvas: ImageDraw.ImageDraw, thing: Thing, box: tuple[int, int, int, int], *, fill: object) -> None:
+def _draw_one(
+    canvas: ImageDraw.ImageDraw, thing: Thing, box: tuple[int, int, int, int], *, fill: int | tuple[int, int, int]
+) -> None:
     left, top, right, bottom = box
     if thing.shape == "circle":
         canvas.ellipse(box, fill=fill)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from . import numbers, shapes
+from . import amounts, shapes
 from .query import Picture
 from .wording import COLORS, SHAPES
 
@@ -24,7 +24,7 @@ CLASSES = [
     *string.digits,
     *"+-",
     *string.ascii_lowercase,
-    *(f"bar {height}" for height in range(1, numbers.HIGHEST + 1)),
+    *(f"bar {height}" for height in range(1, amounts.HIGHEST + 1)),
     *map(str, THINGS),
 ]
 
@@ -33,11 +33,11 @@ def picture(rng: random.Random) -> Picture:
     """A random image of any of the renderers."""
     kind = rng.choices(("text", "bars", "shapes"), (45, 20, 35))[0]
     if kind == "bars":
-        return numbers.chart([rng.randint(1, numbers.HIGHEST) for _ in range(rng.randint(1, 3))], rng)
+        return amounts.chart([rng.randint(1, amounts.HIGHEST) for _ in range(rng.randint(1, 3))], rng)
     if kind == "shapes":
         return shapes.draw([rng.choice(THINGS) for _ in range(rng.randint(1, 4))], rng)
     characters = string.ascii_lowercase if rng.random() < 0.3 else string.digits + "+-"
-    return numbers.write(["".join(rng.choices(characters, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 2))], rng)
+    return amounts.write(["".join(rng.choices(characters, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 2))], rng)
 
 
 def pretrain_tower(

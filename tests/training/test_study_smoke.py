@@ -55,10 +55,10 @@ def test_questions_about_several_shapes_have_the_answers_counted_by_hand(questio
 
 
 def test_derivations_of_sums_and_charts_end_in_the_answer_and_compute_rightly() -> None:
-    from pico import numbers
+    from pico import amounts
 
     rng = random.Random(0)
-    for query in [make(rng) for make in (numbers.expression, numbers.bars) for _ in range(300)]:
+    for query in [make(rng) for make in (amounts.expression, amounts.bars) for _ in range(300)]:
         for step in query.reasoning.split(". "):
             if "=" in step:
                 left, right = step.split(" = ")
