@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger, Qwen2_5_VLVisionBlock
 
 from metis_home.configuration import MetisHomeConfig
 from metis_home.modeling import MetisHomeTextModel
@@ -31,8 +31,10 @@ class ActivationBytes:
     layer_input: int
     """All that gradient checkpointing keeps of a decoder layer."""
     block_input: int
+    outside: int
+    """What is kept once: angles, final norm, the merger of image features, the mask of their places."""
     head: int
-    """Final norm, logits and loss: what is saved, and the float32 gradient of the logits on top."""
+    """Logits and loss: what is saved, and the float32 gradient of the logits on top."""
 
 
 def count_activations(
@@ -54,6 +56,7 @@ def count_activations(
         vision_block=_vision_bytes(config, patches, dtype, attention) if patches else 0,
         layer_input=tokens * text.hidden_size * element,
         block_input=patches * vision.hidden_size * element,
+        outside=2 * one - two + (_merger_bytes(config, patches, dtype) + tokens * text.hidden_size if patches else 0),
         head=_head_bytes(config, tokens, dtype),
     )
 
@@ -103,6 +106,15 @@ def _vision_bytes(config: MetisHomeConfig, patches: int, dtype: torch.dtype, att
         lambda: block(hidden, cu_seqlens=torch.tensor([0, patches]), position_embeddings=(angles, angles)),
         _tensors(block),
     )
+
+
+def _merger_bytes(config: MetisHomeConfig, patches: int, dtype: torch.dtype) -> int:
+    vision = config.vision_config
+    merger = _on_meta(
+        lambda: Qwen2_5_VLPatchMerger(vision.out_hidden_size, vision.hidden_size, vision.spatial_merge_size), dtype
+    ).train()
+    hidden = torch.empty(patches, vision.hidden_size, device="meta", dtype=dtype, requires_grad=True)
+    return saved_bytes(lambda: merger(hidden), _tensors(merger))
 
 
 def _head_bytes(config: MetisHomeConfig, tokens: int, dtype: torch.dtype) -> int:

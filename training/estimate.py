@@ -54,7 +54,7 @@ class MemorySettings:
     devices: int = 1
     sharding: Sharding = "none"
     weights: torch.dtype = torch.bfloat16
-    """Type of the stored weights; master weights are float32 under DeepSpeed and FSDP2 with bf16."""
+    """Type of the stored weights. DeepSpeed keeps float32 master weights beside them, FSDP2 with bf16 instead of them."""
     compute: torch.dtype = torch.bfloat16
     tokens: int = 8192
     """Tokens of one micro-batch on one device, image tokens and padding included."""
@@ -110,7 +110,7 @@ def estimate_memory(
     """
     sizes = _sizes(config, trainable, lora)
     weight_bytes = settings.weights.itemsize
-    keeps_master = settings.sharding in ("zero2", "zero3") and settings.weights != torch.float32
+    keeps_master = settings.sharding in ("zero2", "zero3")  # DeepSpeed copies even weights that are float32
     optimizer_each = _optimizer_bytes(settings, keeps_master)
     shards = settings.devices
     split_weights = settings.sharding in ("zero3", "fsdp2")
@@ -136,6 +136,7 @@ def estimate_memory(
     else:
         activations = layers * counted.decoder_layer + blocks * counted.vision_block * vision_trains
         activations += _autocast_copies(sizes, settings)
+    activations += counted.outside
     device_parts = {
         "weights": 0 if settings.offload_parameters else weights,
         "gradients": gradients,

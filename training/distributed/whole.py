@@ -54,6 +54,8 @@ def _whole_zero3(engine: nn.Module) -> Iterator[None]:
 def _whole_fsdp2(model: nn.Module) -> Iterator[None]:
     units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     reshards = [_reshards_after_forward(unit) for unit in units]
+    # Before the first forward: the outermost unit must find the others untouched when it sets them up.
+    units[0]._get_fsdp_state()._lazy_init()
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()

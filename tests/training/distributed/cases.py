@@ -54,5 +54,7 @@ CASES = {
     "text_only": Case("TNNTNTTN"),
     "frozen": Case("IINNIINN", {"freeze": ["vision", "non_thinking_branch"]}),
     "router_and_head": Case("IINNIINN", {"train_only": ["router", "lm_head"]}),
+    # Only measured: weights in bfloat16 under DeepSpeed, float32 with bfloat16 compute under FSDP2.
+    "bf16": Case("IINNIINN", {"bf16": True, "use_cpu": True, "freeze": ["vision"]}),
     "router_only": Case("IINNIINN", {"train_only": ["router"]}),
 }

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from metis_home import MetisHomeForConditionalGeneration
+from metis_home import MetisHomeConfig, MetisHomeForConditionalGeneration
+from metis_home.training.estimate import MemorySettings, estimate_memory
+from metis_home.training.freezing import trainable_sets
 from tests.training.distributed import engines
 from tests.training.distributed.cases import CASES
 from tests.training.distributed.launch import launch
@@ -22,8 +24,18 @@ from tests.training.distributed.worker import train_case, train_cycle
 
 WORKER = "tests.training.distributed.worker"
 # The router alone runs no decoder, and refuses engines that shard one.
-CASES_OF = {engine: [name for name in CASES if name != "router_only" or engine == "ddp"] for engine in engines.ENGINES}
+COMPARED = ["apart", "mixed", "empty", "packed", "frozen"]
+CASES_OF = {
+    "ddp": [*COMPARED, "swapped", "text_only", "router_and_head", "router_only"],
+    "fsdp2": [*COMPARED, "swapped", "text_only", "router_and_head"],
+    "zero2": COMPARED,
+    "zero3": [*COMPARED, "swapped", "text_only", "router_and_head"],
+}
 EVERY_CASE = [(engine, name) for engine in engines.ENGINES for name in CASES_OF[engine]]
+MEASURED = [
+    ("ddp", "apart"),
+    *((engine, name) for engine in ("fsdp2", "zero2", "zero3") for name in ("frozen", "bf16")),
+]
 # The engine's own classes: an exit code would not show that the engine ran at all.
 IDENTITY = {
     "ddp": {"distributed_type": "MULTI_CPU", "class": "DistributedDataParallel"},
@@ -51,7 +63,8 @@ def two_processes(model_dir, tmp_path_factory):
     @cache
     def results(engine: str) -> dict[str, tuple[dict, dict]]:
         out = tmp_path_factory.mktemp(engine)
-        run = launch(WORKER, engine, str(model_dir), str(out), *CASES_OF[engine], "cycle", seconds=240)
+        measured = [name for own, name in MEASURED if own == engine and name not in CASES_OF[engine]]
+        run = launch(WORKER, engine, str(model_dir), str(out), *CASES_OF[engine], *measured, "cycle", seconds=300)
         assert run.code == 0, run.output[-6000:]
         assert not run.timed_out
         ranks = [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
@@ -149,3 +162,20 @@ def test_evaluation_gives_the_numbers_of_one_process(two_processes, one_process,
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)  # four steps, so updates differ a little
         compared = {name: value for name, value in expected["metrics"].items() if "memory" not in name}
         assert {name: found["metrics"][name] for name in compared} == pytest.approx(compared, rel=1e-4)
+
+
+@pytest.mark.parametrize(("engine", "case"), MEASURED)
+def test_the_memory_estimate_is_what_each_rank_holds(two_processes, model_dir, engine: str, case: str) -> None:
+    # Largest difference seen: 0.7 %, FSDP2's uneven shards.
+    is_stored_in_bf16 = case == "bf16" and engine.startswith("zero")
+    dtype = torch.bfloat16 if is_stored_in_bf16 else torch.float32
+    settings = MemorySettings(
+        devices=2, sharding="none" if engine == "ddp" else engine, weights=dtype, compute=dtype, tokens=64
+    )
+    sets = trainable_sets(CASES[case].settings.get("freeze"))
+
+    estimate = estimate_memory(MetisHomeConfig.from_pretrained(model_dir), settings, trainable=sets)
+
+    for found in two_processes(engine)[case]:
+        expected = {"weights": estimate.weights, "gradients": estimate.gradients, "optimizer": estimate.optimizer}
+        assert found["bytes"] == pytest.approx(expected, rel=0.02)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metis_home.router import IGNORE
-from tests.training.distributed import engines
+from tests.training.distributed import engines, measure
 from tests.training.distributed.cases import CASES, Case, records, rows
 
 
@@ -40,8 +40,10 @@ def train_case(case: Case, engine: str, model_dir: str, out: Path, world: int, *
     if case.hidden:
         hide_targets(trainer, case.hidden)
     gradients: dict[str, Tensor] = {}
-    keep_gradients(trainer, engine if world > 1 else "none", gradients)
+    held: dict[str, int] = {}
+    keep_gradients(trainer, engine if world > 1 else "none", gradients, held)
     trainer.train()
+    held |= {"weights": measure.weight_bytes(trainer), "optimizer": measure.optimizer_bytes(trainer)}
     logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     return {
         "losses": [entry["loss"] for entry in logs],
@@ -49,6 +51,7 @@ def train_case(case: Case, engine: str, model_dir: str, out: Path, world: int, *
         "gradients": gradients,
         "weights": full_weights(trainer),
         "identity": engines.identity(trainer),
+        "bytes": held,
     }
 
 
@@ -65,8 +68,9 @@ def hide_targets(trainer, hidden: tuple[int, ...]) -> None:
     trainer.data_collator = hiding
 
 
-def keep_gradients(trainer, engine: str, into: dict[str, Tensor]) -> None:
-    """Copy the whole gradients of each step, before the optimizer uses them."""
+def keep_gradients(trainer, engine: str, into: dict[str, Tensor], held: dict[str, int] | None = None) -> None:
+    """Copy the whole gradients of each step, before the optimizer uses them, and note this rank's bytes of them."""
+    held = {} if held is None else held
     from transformers import TrainerCallback
 
     if engine in ("zero2", "zero3"):
@@ -87,6 +91,7 @@ def keep_gradients(trainer, engine: str, into: dict[str, Tensor]) -> None:
                             gradient = safe_get_full_grad(parameter)
                             if gradient is not None:
                                 into[name] = gradient.detach().clone()
+                    held["gradients"] = measure.gradient_bytes(trainer)
                     return step(*args, **kwargs)
 
                 found.step = reading_step
@@ -97,6 +102,7 @@ def keep_gradients(trainer, engine: str, into: dict[str, Tensor]) -> None:
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            held["gradients"] = measure.gradient_bytes(trainer)
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     gradient = parameter.grad

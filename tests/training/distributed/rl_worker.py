@@ -1,0 +1,149 @@
+"""What each process of the distributed RL tests does.
+
+`scripted` trains on rollouts that follow from the prompt alone, so one process and two see the same ones; rank 0's
+prompts have images and are answered by the thinking branch, rank 1's have none and are answered by the other.
+`sampled` generates with the model itself, with lengths, refills and rounds that differ among ranks.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+from metis_home.training.data.encode import Encoder
+from metis_home.training.data.records import Record, load_records
+from metis_home.training.rl import MetisRLConfig, MetisRLTrainer
+from metis_home.training.rl.prompts import PromptSource
+from metis_home.training.rollouts.types import Rollout
+from tests.training.distributed import engines
+from tests.training.distributed.worker import full_weights, keep_gradients
+from tests.training.sft.small import processor, small_image
+
+PROMPTS, GENERATIONS, SEED = 4, 4, 7
+
+
+class Scripted:
+    """Rollouts from a table: of the prompt's name, not of who asks."""
+
+    shares_weights = True
+
+    def generate(self, prompts, num_generations, sampling):
+        return [[self._rollout(prompt, number) for number in range(num_generations)] for prompt in prompts]
+
+    def _rollout(self, prompt, number: int) -> Rollout:
+        generator = random.Random(f"{prompt.id}/{number}")
+        ids = [generator.randrange(60, 120) for _ in range(generator.randrange(2, 9))]
+        branch = int(prompt.pixel_values is not None)
+        return Rollout(
+            prompt=prompt,
+            completion_ids=ids,
+            logprobs=[-1.0] * len(ids),
+            loss_mask=[1] * len(ids),
+            branch=branch,
+            branch_logprob=-0.7,
+            text=f"{sum(ids) % 2}",
+        )
+
+    def update_weights(self, model) -> None: ...
+
+    def seed(self, seed: int) -> None: ...
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state) -> None: ...
+
+
+def parity(prompts, completions, **columns) -> list[float]:
+    return [float(turn[0]["content"] == "1") for turn in completions]
+
+
+def many_letters(prompts, completions, **columns) -> list[float]:
+    return [sum(char.islower() for char in turn[0]["content"]) / 8 for turn in completions]
+
+
+def records() -> list[Record]:
+    """Images on exactly the rows that rank 0 of two gets in the first step."""
+    plain = load_records([{"prompt": "Say" + "!" * number, "answer": "1", "id": f"q{number}"} for number in range(8)])
+    order = PromptSource(plain, Encoder(processor(), system_prompt=None), seed=SEED, rank=0, world_size=2)
+    of_rank_0 = {prompt.index for prompt in order.take(4)}
+    rows = []
+    for number, record in enumerate(plain):
+        row = {"prompt": "Say" + "!" * number, "answer": "1", "id": record.id}
+        rows.append(row | ({"image": small_image(number)} if number in of_rank_0 else {}))
+    return load_records(rows)
+
+
+def train(what: str, engine: str, model_dir: str, out: Path, world: int) -> dict:
+    from metis_home import MetisHomeForConditionalGeneration
+
+    if world > 1:
+        engines.prepare_state(engine)
+    is_scripted = what == "scripted"
+    args = MetisRLConfig(
+        **{
+            "output_dir": str(out),
+            "use_cpu": True,
+            "num_generations": GENERATIONS,
+            "prompts_per_step": PROMPTS,
+            "per_device_train_batch_size": 3,
+            "micro_batch_tokens": 400,
+            "max_completion_tokens": 8,
+            "max_steps": 2,
+            "updates_per_rollout": 1 if is_scripted else 2,
+            "thinking": "sample",
+            "freeze": ["norms"],
+            "router_coef": 1.0,
+            "dynamic_sampling": not is_scripted,
+            "max_sampling_rounds": 3,
+            "self_check": not is_scripted,
+            # Adam would divide gradients that are nothing but rounding by themselves.
+            "optim": "sgd" if is_scripted else "adamw_torch",
+            "learning_rate": 0.1 if is_scripted else 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0,
+            "system_prompt": None,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "plots": False,
+            "log_completions": False,
+            "disable_tqdm": True,
+            "seed": SEED,
+            "watchdog_seconds": 60,
+            **(engines.settings(engine) if world > 1 else {}),
+        }
+    )
+    model = MetisHomeForConditionalGeneration.from_pretrained(model_dir)
+    reward = parity if is_scripted else many_letters
+    trainer = MetisRLTrainer(model, args, [reward], records(), processor(), engine=Scripted() if is_scripted else None)
+    gradients: dict[str, torch.Tensor] = {}
+    keep_gradients(trainer, engine if world > 1 else "none", gradients)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "logs": logs,
+        "gradients": gradients,
+        "weights": full_weights(trainer),
+        "identity": engines.identity(trainer),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    engine, model_dir, out = sys.argv[1:]
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    results = {}
+    for what in ("scripted", "sampled"):
+        print(f"rank {rank}: {what}", flush=True)
+        results[what] = train(what, engine, model_dir, Path(out) / what, world)
+    torch.save(results, Path(out) / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
