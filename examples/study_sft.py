@@ -3,7 +3,8 @@
 Two families of questions share wordings and image style; one object is read directly, several need reasoning. A dense
 pico Qwen2.5-VL that always thinks is taught both, upcycled, trained with Stage-SFT, and answers held-out queries with
 thinking auto, on and off. Three seeds; a control whose modes are dealt out at random; routers that see only the words;
-mean against attention pooling. Every stage is done once: started again, the study goes on where it stopped.
+mean against attention pooling (the goals are those of the package's default). Every stage is done once: started again,
+the study goes on where it stopped.
 
     python examples/study_sft.py [--out DIR] [--workers 2] [--tiny]
 
@@ -43,6 +44,8 @@ from pico.sft import (
 )
 from pico.stages import Json, Study
 from pico.summary import judge, summarize
+
+from metis_home.router_layout import DEFAULT_POOLING
 
 logger = logging.getLogger("study")
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,14 +165,15 @@ def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
 
     found["dense"] = study.stage(dense, train_it, settings=[asdict(plan.dense), seed], after=("tower", "encoded"))
     if is_control:
-        return found | {"control": train_and_answer(study, plan, seed, "mean", name="control", modes=MODES)}
+        return found | {"control": train_and_answer(study, plan, seed, DEFAULT_POOLING, name="control", modes=MODES)}
     found["dense_answers"] = study.stage(
         f"dense-answers-{seed}", answer_dense, settings=plan.sft.max_new_tokens, after=(dense, "data")
     )
-    found["mean"] = train_and_answer(study, plan, seed, "mean", name="sft-mean", modes=MODES)
-    found["attention"] = train_and_answer(study, plan, seed, "attention", name="sft-attention", modes=("auto",))
+    for pooling in POOLINGS:
+        modes = MODES if pooling == DEFAULT_POOLING else ("auto",)
+        found[pooling] = train_and_answer(study, plan, seed, pooling, name=f"sft-{pooling}", modes=modes)
     found["router_alone"] = {pooling: router_alone(study, plan, seed, pooling) for pooling in POOLINGS}
-    found["router_text_only"] = router_alone(study, plan, seed, "mean", text_only=True)
+    found["router_text_only"] = router_alone(study, plan, seed, DEFAULT_POOLING, text_only=True)
     return found
 
 
@@ -223,13 +227,14 @@ def conclude(plan: Plan, shared: Json, runs: list[Json], control: Json) -> Json:
     seeds = []
     for run in runs:
         text_only = max(shared["test"], run["router_text_only"]["router_accuracy"])
-        seeds.append({**run, "goals": [asdict(goal) for goal in judge(run["mean"]["test"], text_only)]})
+        seeds.append({**run, "goals": [asdict(goal) for goal in judge(run[DEFAULT_POOLING]["test"], text_only)]})
     failing = [asdict(goal) for goal in judge(control["control"]["test"], shared["test"])]
     by_name = {goal["name"]: goal["met"] for goal in failing}
     control_fails = not by_name["router accuracy"] and not by_name["router minus text-only router"]
     return {
         "passed": control_fails and all(goal["met"] for seed in seeds for goal in seed["goals"]),
         "control_fails": control_fails,
+        "pooling": DEFAULT_POOLING,
         "plan": asdict(plan),
         "shared": shared,
         "seeds": seeds,

@@ -27,7 +27,9 @@ def modes(report: Report, folder: Path) -> Path:
     for place, mode in enumerate(MODES):
         for panel, value_of in enumerate((_accuracy, _tokens)):
             for x, family in enumerate(families):
-                values = [value_of(seed["mean"]["test"]["families"][family][mode]) for seed in report["seeds"]]
+                values = [
+                    value_of(seed[report["pooling"]]["test"]["families"][family][mode]) for seed in report["seeds"]
+                ]
                 left = x + (place - 1) * 0.27
                 height = sum(value for value, _, _ in values) / len(values)
                 label = mode if x == 0 else None
@@ -48,7 +50,7 @@ def router(report: Report, folder: Path) -> Path:
     """Router accuracy while Stage-SFT trains, and on held-out queries beside what the words alone give."""
     figure, axes = _subplots(2, width=10)
     for seed in report["seeds"]:
-        curves = seed["mean"]["curves"]
+        curves = seed[report["pooling"]]["curves"]
         axes[0].plot(curves["step"], curves["router_accuracy"], color=COLOR["auto"], label=f"seed {seed['seed']}")
     curves = report["control"]["control"]["curves"]
     axes[0].plot(curves["step"], curves["router_accuracy"], color="gray", label="control: modes dealt out at random")
@@ -56,8 +58,10 @@ def router(report: Report, folder: Path) -> Path:
     axes[0].set_xlabel("step")
     axes[0].legend()
     bars = {
-        "Stage-SFT": [seed["mean"]["test"]["router"]["accuracy"]["value"] for seed in report["seeds"]],
-        "held-out\ntemplates": [seed["mean"]["templates"]["router"]["accuracy"]["value"] for seed in report["seeds"]],
+        "Stage-SFT": [seed[report["pooling"]]["test"]["router"]["accuracy"]["value"] for seed in report["seeds"]],
+        "held-out\ntemplates": [
+            seed[report["pooling"]]["templates"]["router"]["accuracy"]["value"] for seed in report["seeds"]
+        ],
         "router on\nwords": [seed["router_text_only"]["router_accuracy"] for seed in report["seeds"]],
         "TF-IDF": [report["shared"]["test"]],
         "control": [report["control"]["control"]["test"]["router"]["accuracy"]["value"]],
