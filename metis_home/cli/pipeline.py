@@ -96,7 +96,7 @@ def pass_rates(
         temperature=temperature,
         top_p=top_p,
         branch=Branch.THINKING if engine.has_branches else None,
-        eos_token_ids=end_token_ids(processor.tokenizer),
+        eos_token_ids=end_token_ids(processor.tokenizer, loaded.generation_config),
         suppress_token_ids=unsampled_token_ids(loaded.config, processor.tokenizer),
     )
     complete = run(

@@ -13,8 +13,6 @@ from metis_home.errors import RecipeError
 from ..freezing import freeze_parameters, trainable_sets
 from .config import MetisRLConfig
 
-_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-_VISION_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _BRANCH_SETS = {True: "thinking_branch", False: "non_thinking_branch"}
 
 
@@ -65,23 +63,6 @@ def _trainable(args: MetisRLConfig) -> frozenset[str]:
         return frozenset({_BRANCH_SETS[args.thinking]})
     both = frozenset(_BRANCH_SETS.values())
     return both | {"router"} if args.thinking == "sample" else both
-
-
-def suppressed_token_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
-    """Image, video and vision tokens: a policy that writes one has no image to it, and its forward fails."""
-    config: Any = model.config
-    found = {getattr(config, name) for name in _VISION_FIELDS if isinstance(getattr(config, name, None), int)}
-    known = tokenizer.get_vocab()
-    found |= {known[token] for token in _VISION_TOKENS if token in known}
-    return tuple(sorted(found))
-
-
-def end_token_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's and those of the generation config."""
-    ends = {tokenizer.eos_token_id}
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends |= set(configured) if isinstance(configured, list | tuple) else {configured}
-    return tuple(sorted(end for end in ends if end is not None))
 
 
 class Reference:

@@ -27,10 +27,11 @@ from ..resuming import HubLayoutResume
 from ..rollouts.engine import RolloutEngine
 from ..rollouts.hf import HFEngine
 from ..rollouts.types import Sampling
+from ..rollouts.vocabulary import end_token_ids, unsampled_token_ids
 from .completions import CompletionsTable
 from .config import MetisRLConfig
 from .metrics import Stopwatch, UpdateMetrics, filling_columns, filling_metrics
-from .parts import base_of, choose_parts, end_token_ids, reference_of, suppressed_token_ids, wanted_branch
+from .parts import base_of, choose_parts, reference_of, wanted_branch
 from .planning import plan_steps
 from .plots import draw_plots, require_matplotlib
 from .prompts import PromptSource
@@ -112,8 +113,8 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
-            eos_token_ids=end_token_ids(self.base, tokenizer),
-            suppress_token_ids=suppressed_token_ids(self.base, tokenizer),
+            eos_token_ids=end_token_ids(tokenizer, self.base.generation_config),
+            suppress_token_ids=unsampled_token_ids(self.base.config, tokenizer),
             branch=wanted_branch(args),
         )
         self.engine = engine or HFEngine(

@@ -5,20 +5,24 @@ from typing import TYPE_CHECKING
 from metis_home.errors import EngineError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 _PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _VISION_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
 _ENDS = ("<|im_end|>", "<|endoftext|>")
 
 
-def end_token_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Tokens that end an answer: the end of a turn, the end of a text and the tokenizer's own.
+def end_token_ids(
+    tokenizer: "PreTrainedTokenizerBase", generation_config: "GenerationConfig | None" = None
+) -> tuple[int, ...]:
+    """Tokens that end an answer: the end of a turn, the end of a text, the tokenizer's own and the model's.
 
     Raises:
-        EngineError: the tokenizer has none of them.
+        EngineError: there is none.
     """
-    found = [*_known_ids(tokenizer, _ENDS), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    configured = getattr(generation_config, "eos_token_id", None)
+    own = list(configured) if isinstance(configured, list | tuple) else [configured]
+    found = [*_known_ids(tokenizer, _ENDS), *(end for end in [tokenizer.eos_token_id, *own] if end is not None)]
     if not found:
         raise EngineError(f"the tokenizer has no end token: expected {' or '.join(_ENDS)}, or an eos_token")
     return tuple(dict.fromkeys(found))
