@@ -19,7 +19,7 @@ TEST_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_THREADS) HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .PHONY: help environment demo test lint format types test-kernels conformance gpu-check bench-overhead bench-convert \
-        test-crash fuzz test-vllm clean clean-environment
+        bench-sft bench-rl study study-rl test-crash fuzz test-vllm test-adapters test-trl clean clean-environment
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,20 @@ bench-overhead: $(READY)  ## the two-branch model against the dense model it cam
 bench-convert: $(READY)  ## conversion against cp
 	$(PY) benchmarks/convert.py --json benchmarks/results/convert.json
 
+bench-sft: $(READY)  ## Stage-SFT against dense SFT with plain Trainer; packing against padding
+	$(PY) benchmarks/sft.py --json benchmarks/results/sft.json
+
+bench-rl: $(READY)  ## a step of Stage-RL against TRL's GRPOTrainer (its environment is made once)
+	tests/trl/run.sh --environment-only $(VENV)-trl $(PY)
+	$(PY) benchmarks/rl.py --trl-python $(VENV)-trl/bin/python --json benchmarks/results/rl.json
+
+study: $(READY)  ## Stage-SFT on pico models: does the router choose well? (CPU, at most 30 minutes)
+	$(PY) examples/study_sft.py
+
+study-rl: $(READY)  ## GRPO, HDPO and all of RISE on pico models (CPU, at most 60 minutes)
+	$(PY) examples/study_rl.py
+	$(PY) examples/study_hdpo.py
+
 test-crash: $(READY)  ## conversion killed at every file operation, not at every third
 	METIS_HOME_CRASH_STRIDE=1 $(PYTEST) tests/convert/test_crash.py
 
@@ -84,9 +98,12 @@ fuzz: $(READY)  ## the safetensors header reader against mutated files, FUZZ_SEC
 test-vllm: $(READY)  ## split branches in a real vLLM engine (CPU; its environment is made once, 3.5 GB)
 	tests/vllm/run.sh $(VLLM_VENV) $(PY)
 
+test-adapters: $(READY)  ## lmms-eval and VLMEvalKit with our model, the real packages (environments made once, 1.5 GB)
+	tests/adapters/run.sh $(VENV)-adapters $(PY)
+
 clean:  ## remove caches and built files, keep the environment
 	rm -rf build dist out .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-environment:  ## remove the environments
-	rm -rf $(VENV) $(OLDEST) $(VLLM_VENV)
+	rm -rf $(VENV) $(OLDEST) $(VLLM_VENV) $(VENV)-trl $(VENV)-adapters-lmms $(VENV)-adapters-vlmeval
