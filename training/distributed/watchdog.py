@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 EXIT_STUCK = 70
 _ANSWER_SECONDS = 10.0  # how long the others have to answer an alarm
 _LAST_RESORT_SECONDS = 60.0  # after that, faulthandler ends a process that did not end itself
-_FRAMES = 30
+_FRAMES, _FRAMES_OF_OTHERS = 30, 2
 _ALARM, _DONE = "alarm", "done"
 
 
@@ -105,7 +105,7 @@ class Watchdog:
         """This process begins `stage`; the clock starts again. Facts are printed with it (`str` of them, if asked)."""
         self._stages += 1
         self._stage = (stage, time.monotonic(), facts)
-        if self._on_stuck is None:
+        if self._on_stuck is None and sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(self.seconds + _LAST_RESORT_SECONDS, exit=True, file=sys.__stderr__)
 
     def rest(self) -> None:
@@ -165,7 +165,7 @@ class Watchdog:
         if self._on_stuck is not None:
             self._on_stuck(message)
             return
-        _leave_word_for_torchrun(message)
+        _leave_word_for_torchrun(message.split("\n---")[0])  # the stacks were printed
         os._exit(EXIT_STUCK)
 
     def _shared_report(self, place: Place) -> str | None:
@@ -194,8 +194,9 @@ class Watchdog:
         for ident, frame in sorted(sys._current_frames().items(), key=lambda pair: pair[0] != self._main_thread):
             if ident == self._thread.ident:
                 continue
-            name = "main thread" if ident == self._main_thread else f"thread {names.get(ident, ident)}"
-            lines = traceback.format_stack(frame)[-_FRAMES:]
+            is_main = ident == self._main_thread
+            name = "main thread" if is_main else f"thread {names.get(ident, ident)}"
+            lines = traceback.format_stack(frame)[-(_FRAMES if is_main else _FRAMES_OF_OTHERS) :]
             parts.append(f"{name}:\n" + "".join(lines).rstrip())
         return "\n".join(parts)
 
@@ -228,7 +229,7 @@ def report_of(places: list[Place], world_size: int, seconds: float) -> str:
 
 def _side_channel() -> "dist.Store":
     """A connection of our own to the default group's store: the main thread may be waiting on the other one."""
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()
     try:
         store = store.clone()
     except (AttributeError, RuntimeError, NotImplementedError):

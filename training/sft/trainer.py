@@ -173,6 +173,7 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
                 break
         if self.watchdog is not None:
             self.watchdog.rows_of_step([batch["record_index"].tolist() for batch in batches])
+            self.watchdog.enter("counting targets over all ranks", step=self.state.global_step + 1)
         counts = count_targets(batches, device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
