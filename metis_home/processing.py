@@ -94,14 +94,15 @@ class MetisHomeProcessor(Qwen2_5_VLProcessor):
         """Make model inputs: input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw, ...
 
         Args:
-            images: PIL images, arrays, paths or `data:` URLs; one, a list, or a list per text.
+            images: PIL images, arrays, paths or `data:` URLs; one, a list, or a list per text (None or empty for a text
+                without images).
             text: prompts with one image placeholder per image; usually from `apply_chat_template`.
             videos: paths, frames or arrays; needs torchvision.
         Raises:
             ProcessorError: an image or video cannot be used.
         """
         if images is not None:
-            images = self._open_images(images)
+            images = self._open_images(_flat(images))
         if videos is not None:
             self._check_videos(videos)
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -202,7 +203,7 @@ class MetisHomeProcessor(Qwen2_5_VLProcessor):
             return [self._open_images(image) for image in images]
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             return load_image(images, allow_remote=self.allow_remote_media)
-        return images  # an array, a tensor, or None for a row without images
+        return images  # an array, a tensor, or None
 
     def _open_message_images(self, conversation):
         if isinstance(conversation[0], (list, tuple)):
@@ -235,6 +236,16 @@ class MetisHomeProcessor(Qwen2_5_VLProcessor):
 
 def _end_tokens(tokenizer):
     return tuple(dict.fromkeys(t for t in (*END_TOKENS, tokenizer.eos_token, tokenizer.pad_token) if t))
+
+
+def _flat(images):
+    """Images in the order of their placeholders; transformers cannot read None, which TRL writes for text-only rows."""
+    if not isinstance(images, (list, tuple)) or not any(
+        row is None or isinstance(row, (list, tuple)) for row in images
+    ):
+        return images
+    rows = [row if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in images]
+    return [image for row in rows for image in row] or None
 
 
 def _with_switch(template):

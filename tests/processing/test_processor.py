@@ -155,6 +155,19 @@ def test_inputs_equal_those_of_qwens_own_image_processor(processor, tmp_path) ->
     assert torch.equal(inputs["image_grid_thw"], expected["image_grid_thw"])
 
 
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_text_without_images_stands_beside_one_with(processor, nothing) -> None:
+    image = Image.new("RGB", (56, 56), "red")
+    texts = ["<|vision_start|><|image_pad|><|vision_end|>one", "none", "<|vision_start|><|image_pad|><|vision_end|>two"]
+
+    flat = processor(images=[image, image], text=texts, padding=True, return_tensors="pt")
+    per_text = processor(images=[[image], nothing, [image]], text=texts, padding=True, return_tensors="pt")
+    none = processor(images=[nothing, nothing], text=["a", "b"], return_tensors="pt")
+
+    assert all(torch.equal(flat[name], per_text[name]) for name in flat)
+    assert "pixel_values" not in none
+
+
 def test_a_batch_of_text_and_images_is_padded(processor) -> None:
     batch = processor.apply_chat_template([IMAGE, TEXT], processor_kwargs={"padding": True}, **INPUTS)
     alone = processor.apply_chat_template(TEXT, **INPUTS)["input_ids"][0]
