@@ -79,6 +79,52 @@ def test_trl_gets_conversations_images_and_our_rewards(records, tmp_path: Path) 
     assert any("refill" in note for note in made.not_carried_over)
 
 
+def test_trl_gets_the_overlong_penalty_as_a_reward(records, tmp_path: Path) -> None:
+    limits = {"max_completion_tokens": 20, "overlong_buffer_tokens": 10, "overlong_weight": 0.5}
+
+    made = export_recipe(recipe(**limits), records, tmp_path / "trl", target="trl")
+
+    handed = module(made.folder / "rewards.py")
+    assert [reward.__name__ for reward in handed.REWARDS] == ["accuracy_reward", "format_reward", "overlong_reward"]
+    assert handed.REWARDS[-1](["", ""], ["a", "b"], completion_ids=[[1] * 10, [1] * 15]) == [0.0, -0.5]
+    assert handed.WEIGHTS == [0.9, 0.1, 0.5]
+
+
+def test_every_setting_of_a_recipe_is_handed_over_or_named(records, tmp_path: Path) -> None:
+    chosen = recipe(warmup_steps=5, adam_beta2=0.9, nll_coef=0.1, passes_per_rollout=2, top_k=7)
+
+    notes = {
+        target: export_recipe(chosen, records, tmp_path / target, target=target).not_carried_over for target in TARGETS
+    }
+
+    fields = json.loads((tmp_path / "trl" / "config.json").read_text())["grpo"]
+    assert (fields["warmup_steps"], fields["adam_beta2"]) == (5, 0.9)
+    assert (fields["num_iterations"], fields["top_k"]) == (2, 7)
+    assert not any("warmup_steps" in note for note in notes["trl"])
+    assert all(any("nll_coef = 0.1" in note for note in notes[target]) for target in TARGETS)
+    assert all(any("warmup_steps = 5" in note for note in notes[target]) for target in ("verl", "swift"))
+    assert "actor_rollout_ref.actor.ppo_epochs=2" in script_settings(tmp_path / "verl" / "train.sh")
+
+
+def test_columns_that_the_verifier_reads_come_along(tmp_path: Path) -> None:
+    rows = load_records([{"prompt": "Which?", "solution": "B", "kind": "choice", "options": ["red", "blue"]}])
+
+    made = export_recipe(recipe(), rows, tmp_path / "trl", target="trl")
+
+    row = json.loads((made.folder / "prompts.jsonl").read_text())
+    accuracy = module(made.folder / "rewards.py").REWARDS[0]
+    columns = {name: [row[name]] for name in ("solution", "kind", "options", "tolerance")}
+    assert accuracy([""], ["<think>so</think><answer>blue</answer>"], **columns) == [1.0]
+
+
+def test_verl_scores_by_the_recipes_weights(records, tmp_path: Path) -> None:
+    made = export_recipe(recipe(reward_weights=[0.5, 0.25]), records, tmp_path / "verl", target="verl")
+
+    score = module(made.folder / "rewards.py").compute_score
+    assert score("s", "<think>so</think><answer>7</answer>", "7", {})["score"] == pytest.approx(0.75)
+    assert score("s", "<think>so</think><answer>8</answer>", "7", {})["score"] == pytest.approx(0.25)
+
+
 def test_verl_gets_parquet_and_a_script(records, tmp_path: Path) -> None:
     import pyarrow.parquet
 

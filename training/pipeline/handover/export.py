@@ -55,7 +55,7 @@ def export_recipe(recipe: Recipe, records: "Sequence[Record]", out: Path, *, tar
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        rows = [portable_row(_with_copied_images(record), unfinished / "prompts.jsonl") for record in records]
+        rows = [_row(record, unfinished) for record in records]
         notes = TARGETS[target](settings, rows, unfinished)
         for script in unfinished.glob("*.sh"):
             script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -63,6 +63,12 @@ def export_recipe(recipe: Recipe, records: "Sequence[Record]", out: Path, *, tar
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return Handover(folder=out, rows=len(rows), not_carried_over=notes)
+
+
+def _row(record: "Record", folder: Path) -> dict[str, object]:
+    """What every target needs of a record; the columns that the verifier reads come along."""
+    columns = {name: record.columns[name] for name in ("options", "tolerance") if record.columns.get(name) is not None}
+    return {**portable_row(_with_copied_images(record), folder / "prompts.jsonl"), **columns}
 
 
 def _with_copied_images(record: "Record") -> "Record":

@@ -10,6 +10,7 @@ from ...data.records import write_rows
 from .settings import RLSettings, script_head
 
 _LOSSES = {"token_mean": "bnpo", "dapo": "dapo", "sequence_mean": "grpo", "dr_grpo": "dr_grpo"}
+_COLUMNS = ("solution", "kind", "options", "tolerance", "source", "id")
 _ORMS = {"accuracy_reward": ("metis_accuracy", "MetisAccuracyORM"), "format_reward": ("metis_format", "MetisFormatORM")}
 
 
@@ -34,7 +35,13 @@ def write(settings: RLSettings, rows: Sequence[dict[str, object]], out: Path) ->
     notes = []
     if settings.freeze_vision:
         notes.append("frozen vision tower: --freeze_vit true is ms-swift's default and is set")
-    return notes
+    if settings.overlong_buffer_tokens:
+        notes.append("overlong penalty: add the reward soft_overlong with --soft_cache_length")
+    if settings.loss_aggregation == "dapo":
+        notes.append("loss_aggregation dapo: ms-swift's is a mean over all tokens, without a mean per prompt first")
+    if (settings.min_pixels, settings.max_pixels) != (None, None):
+        notes.append("min_pixels, max_pixels: set MIN_PIXELS and MAX_PIXELS in the environment")
+    return notes + settings.not_carried()
 
 
 def _row(row: dict[str, object], settings: RLSettings) -> dict[str, object]:
@@ -47,7 +54,7 @@ def _row(row: dict[str, object], settings: RLSettings) -> dict[str, object]:
         messages.append({"role": message["role"], "content": content})
     if settings.system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": settings.system_prompt})
-    columns = {name: row[name] for name in ("solution", "kind", "source", "id") if row.get(name) is not None}
+    columns = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
     return {"messages": messages, "images": images, **columns}
 
 
@@ -68,6 +75,8 @@ def _script(settings: RLSettings) -> str:
         "max_completion_length": settings.max_completion_tokens,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
+        "top_k": settings.top_k or -1,
+        "num_iterations": settings.passes_per_rollout,
         "beta": settings.kl_coef,
         "epsilon": settings.clip_low,
         "epsilon_high": settings.clip_high,

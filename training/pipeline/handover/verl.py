@@ -4,10 +4,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from metis_home.errors import DataError
+from metis_home.errors import DataError, RecipeError
 
 from .settings import RLSettings, script_head
 
+_PARTS = {"accuracy_reward": "acc", "format_reward": "format"}
 _AGGREGATIONS = {
     "token_mean": "token-mean",
     "dapo": "token-mean",
@@ -20,8 +21,11 @@ def write(settings: RLSettings, rows: Sequence[dict[str, object]], out: Path) ->
     """Write prompts.parquet, rewards.py and train.sh; return what verl cannot take over.
 
     Raises:
-        DataError: pyarrow is not installed.
+        DataError: pyarrow is not installed. RecipeError: a reward that `compute_score` has not.
     """
+    unknown = [name for name in settings.rewards if name not in _PARTS]
+    if unknown:
+        raise RecipeError(f"rewards {', '.join(unknown)}: only {', '.join(_PARTS)} can be handed to verl.")
     try:
         import pyarrow
         import pyarrow.parquet
@@ -29,19 +33,33 @@ def write(settings: RLSettings, rows: Sequence[dict[str, object]], out: Path) ->
         raise DataError('Parquet needs pyarrow: pip install "metis_home[train]"') from error
     table = pyarrow.Table.from_pylist([_row(index, row, settings, out) for index, row in enumerate(rows)])
     pyarrow.parquet.write_table(table, out / "prompts.parquet")
-    (out / "rewards.py").write_text(
-        '"""verl calls `compute_score`."""\n\n'
-        "from metis_home.training.reward_adapters import compute_score\n\n"
-        '__all__ = ["compute_score"]\n',
-        encoding="utf-8",
-    )
+    (out / "rewards.py").write_text(_rewards(settings), encoding="utf-8")
     (out / "train.sh").write_text(_script(settings), encoding="utf-8")
-    notes = ["reward weights: 0.9 accuracy and 0.1 format, see metis_home.training.reward_adapters"]
+    notes = []
     if settings.dynamic_sampling:
         notes.append("dynamic sampling: use verl's DAPO recipe (algorithm.filter_groups), main_ppo has none")
     if settings.overlong_buffer_tokens:
         notes.append("overlong penalty: set reward_model.reward_manager=dapo and its overlong_buffer")
-    return notes
+    if settings.loss_aggregation == "dapo":
+        notes.append("loss_aggregation dapo: verl's token-mean has no mean per prompt first")
+    if settings.mask_truncated:
+        notes.append("mask_truncated: verl trains on answers that the limit cut")
+    if (settings.min_pixels, settings.max_pixels) != (None, None):
+        notes.append("min_pixels, max_pixels: set them in the model's preprocessor_config.json")
+    return notes + settings.not_carried()
+
+
+def _rewards(settings: RLSettings) -> str:
+    """The score is the recipe's weighted sum; the parts stay beside it for verl's metrics."""
+    weights = zip(settings.rewards, settings.reward_weights, strict=True)
+    total = " + ".join(f'{weight} * parts["{_PARTS[name]}"]' for name, weight in weights)
+    return (
+        '"""verl calls `compute_score`."""\n\n'
+        "from metis_home.training import reward_adapters\n\n\n"
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **options):\n"
+        "    parts = reward_adapters.compute_score(data_source, solution_str, ground_truth, extra_info)\n"
+        f'    return {{**parts, "score": {total}}}\n'
+    )
 
 
 def _row(index: int, row: dict[str, object], settings: RLSettings, out: Path) -> dict[str, object]:
@@ -61,7 +79,11 @@ def _row(index: int, row: dict[str, object], settings: RLSettings, out: Path) ->
         "images": [{"bytes": (out / path).read_bytes()} for path in images],
         "ability": "reasoning",
         "reward_model": {"style": "rule", "ground_truth": str(row.get("solution"))},
-        "extra_info": {"index": index, "id": str(row["id"]), "kind": row.get("kind")},
+        "extra_info": {
+            "index": index,
+            "id": str(row["id"]),
+            **{name: row.get(name) for name in ("kind", "options", "tolerance")},
+        },
     }
 
 
@@ -86,6 +108,7 @@ def _script(settings: RLSettings) -> str:
         f"{actor}.optim.weight_decay": settings.weight_decay,
         f"{actor}.grad_clip": settings.max_grad_norm,
         f"{actor}.ppo_mini_batch_size": settings.prompts_per_step,
+        f"{actor}.ppo_epochs": settings.passes_per_rollout,
         f"{actor}.use_dynamic_bsz": True,
         f"{actor}.clip_ratio_low": settings.clip_low,
         f"{actor}.clip_ratio_high": settings.clip_high,
@@ -99,6 +122,7 @@ def _script(settings: RLSettings) -> str:
         f"{rollout}.n": settings.num_generations,
         f"{rollout}.temperature": settings.temperature,
         f"{rollout}.top_p": settings.top_p,
+        f"{rollout}.top_k": settings.top_k or -1,
         "custom_reward_function.path": '"$HERE/rewards.py"',
         "custom_reward_function.name": "compute_score",
         "trainer.project_name": "metis_home",
