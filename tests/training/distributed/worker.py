@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
+from packaging import version
 from torch import Tensor
 
 from metis_home.router import IGNORE
@@ -154,6 +156,9 @@ def train_cycle(engine: str, model_dir: str, out: Path, world: int) -> dict:
                 **overrides,
             },
         )
+        if engine == "ddp" and version.parse(transformers.__version__) < version.parse("5.23"):
+            # Older ones load the optimizer onto "cpu:0", which torch does not know; GPUs are not concerned.
+            args.__dict__["_setup_devices"] = torch.device("cpu")
         model = MetisHomeForConditionalGeneration.from_pretrained(model_dir)
         data = load_records(rows("IITNNJNTTNNI"))
         return MetisSFTTrainer(
