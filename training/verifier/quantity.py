@@ -137,8 +137,7 @@ def close(gold: Fraction, value: Fraction, tolerance: Fraction | None = None) ->
     difference = abs(gold - value)
     if tolerance is not None:
         return difference <= tolerance
-    if gold.denominator == 1 and value.denominator == 1:
-        return difference == 0
+    # Below 1, so that two different whole numbers are never close.
     return difference <= CLOSENESS * min(Fraction(1), abs(gold), abs(value))
 
 

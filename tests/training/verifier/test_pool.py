@@ -14,6 +14,7 @@ import pytest
 
 from metis_home.errors import EngineError
 from metis_home.training.verifier import gold_problem, verify_answer, verify_answer_async
+from metis_home.training.verifier import pool as pool_file
 from metis_home.training.verifier.expression import guarded
 from metis_home.training.verifier.pool import MathPool, shared_pool
 from metis_home.training.verifier.verdict import Unreadable
@@ -177,8 +178,12 @@ def test_a_forked_child_makes_its_own_workers() -> None:
     assert verify_answer("q+q", "2q").correct is True
     parents = set(shared_pool().process_ids())
     read, write = os.pipe()
+    pool_file._pool_lock.acquire()  # as another thread might, at that moment
     child = os.fork()
+    if child != 0:
+        pool_file._pool_lock.release()
     if child == 0:
+        signal.alarm(30)
         try:
             ok = verify_answer("q+q+q", "3q").correct is True and not parents & set(shared_pool().process_ids())
             os.write(write, b"1" if ok else b"0")

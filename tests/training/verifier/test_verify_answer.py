@@ -168,6 +168,9 @@ OTHERS = [
     # finding the answer
     ("4", "<think>4</think>", False),
     ("4", "<think>4", False),
+    ("5", "<think>4 maybe</think>5", True),
+    ("5", "4 maybe</think>5", True),  # the template wrote <think>
+    ("4", "<think><answer>4</answer></think>So 5", False),
     ("4", "", False),
     ("4", "<answer></answer>", False),
     ("4", "<answer> 4 </answer> and good bye", True),
