@@ -5,8 +5,9 @@
 Imports no torch; only `verify(..., logits=True)` loads a model. See docs/convert.md.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from metis_home.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .linking import link
@@ -27,10 +28,4 @@ _HOME_OF = {
 
 __all__ = ["BranchRecord", "Manifest", "Verification", "link", "split", "upcycle", "verify"]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, _HOME_OF)

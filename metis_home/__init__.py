@@ -4,11 +4,11 @@ Importing this package registers the model with transformers' Auto classes. It d
 when they are first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .branch import Branch
 from .errors import MetisHomeError
+from .lazy import lazy_names
 from .registration import register_when_transformers_loads
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _HOME_OF = {
     "MetisHomeRouter": "router",
     "RouterDecision": "router",
     "SYSTEM_PROMPT": "prompts",
+    "ops": "",
 }
 
 __all__ = [
@@ -44,19 +45,6 @@ __all__ = [
     "ops",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name == "ops":
-        return import_module(".ops", __name__)
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = lazy_names(__name__, _HOME_OF)
 
 register_when_transformers_loads()

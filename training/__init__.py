@@ -3,8 +3,9 @@
 Importing this package imports neither torch nor transformers: names are loaded when they are first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from metis_home.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .rl import MetisRLConfig, MetisRLTrainer
@@ -19,14 +20,4 @@ _HOME_OF = {
 
 __all__ = ["MetisRLConfig", "MetisRLTrainer", "MetisSFTConfig", "MetisSFTTrainer"]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME_OF)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = "metis_home"
 LINKED = ("kernels", "training", "convert")  # top-level folders that Python sees below metis_home
-LEAVES = {"errors", "branch", "names", "router_layout", "config_fields", "prompts", "responses"}
+LEAVES = {"errors", "lazy", "branch", "names", "router_layout", "config_fields", "prompts", "responses"}
 # Leaves that the converter shares with the model: the standard library at import time, more inside functions.
 SHARED = {"link_bundle"}
 PARTS = {"router", "branch_plan"}
