@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from metis_home.branch import Branch
+from metis_home.media import Message
 from metis_home.responses import parse_response
 
 from ..rollouts.types import Rollout
@@ -47,13 +48,15 @@ class CompletionsTable:
         os.replace(partial, self.path)
 
     def _row(self, group: Group, place: int, rollout: Rollout, step: int) -> dict[str, object]:
-        parsed = parse_response(rollout.text)
+        turns = [_text(message) for message in rollout.messages] or [rollout.text]
+        said = [_text(message) for message in rollout.messages if message["role"] == "assistant"] or turns
+        parsed = parse_response(said[-1])
         return {
             "step": step,
             "prompt_id": rollout.prompt.id,
             "prompt": _question(rollout),
             "images": self._images(rollout),
-            "completion": rollout.text,
+            "completion": "\n".join(turns),
             "answer": parsed["content"],
             "gold": rollout.prompt.columns.get("solution"),
             "reward": group.scores.total[place],
@@ -94,11 +97,17 @@ def _png(image: object) -> bytes:
 
 def _question(rollout: Rollout) -> str:
     """The text of the last user turn."""
-    turns = [message["content"] for message in rollout.prompt.messages if message["role"] == "user"]
-    content = turns[-1] if turns else ""
+    turns = [message for message in rollout.prompt.messages if message["role"] == "user"]
+    return _text(turns[-1]) if turns else ""
+
+
+def _text(message: Message) -> str:
+    """The text of a message; images of tools have their place in it."""
+    content = message["content"]
     if isinstance(content, str):
         return content
-    return "".join(str(block.get("text", "")) for block in content)  # type: ignore[attr-defined]
+    assert isinstance(content, list)
+    return "".join("[image]" if block.get("type") == "image" else str(block.get("text", "")) for block in content)
 
 
 def _plain(value: object) -> object:

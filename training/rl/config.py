@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: command line parsers read the types of these fields.
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -113,6 +114,37 @@ class MetisRLConfig(TrainingArguments):
         default=10, metadata={"help": "At most so many rounds of drawing per batch of rollouts. 10: DAPO in verl."}
     )
 
+    # ---- tools
+    tools: list[str | dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "What rollouts may call: python, text_search, image_search, each a name or {name: options}, see "
+            "docs/tools.md. None: rollouts are single turns."
+        },
+    )
+    describe_tools: bool = field(
+        default=True,
+        metadata={"help": "Put the tools' schemas into the system prompt. False: the rows' prompts describe them."},
+    )
+    max_tool_turns: int = field(
+        default=9,
+        metadata={"help": "Tool turns of a rollout; a call in the turn after them is not run. 9: HDPO's 10 turns."},
+    )
+    max_calls_per_turn: int = field(default=4, metadata={"help": "Calls of one turn that are run (ours)."})
+    max_observation_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "Of one observation, image tokens included; longer ones are shortened. 8192: HDPO. With tools, "
+            "max_completion_tokens bounds all turns and observations together. HDPO: 16384."
+        },
+    )
+    tool_seconds: float = field(default=400.0, metadata={"help": "Spent in tools by one rollout. 400: HDPO."})
+    tool_workers: int = field(default=8, metadata={"help": "Rollouts of a rank that run tools at one time (ours)."})
+    unsafe_local: bool = field(
+        default=False,
+        metadata={"help": "Where no sandbox can be made, run the policy's programs with all rights of the user."},
+    )
+
     # ---- loss
     loss_aggregation: str = field(
         default="token_mean",
@@ -203,6 +235,7 @@ class MetisRLConfig(TrainingArguments):
         for name in (
             *("num_generations", "prompts_per_step", "updates_per_rollout", "passes_per_rollout"),
             *("max_completion_tokens", "max_sampling_rounds", "micro_batch_tokens", "rollout_batch_tokens"),
+            *("max_tool_turns", "max_calls_per_turn", "max_observation_tokens", "tool_workers"),
         ):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1; found {getattr(self, name)}")
@@ -213,6 +246,8 @@ class MetisRLConfig(TrainingArguments):
                 f"overlong_buffer_tokens is {self.overlong_buffer_tokens}; expected 0 (off) up to "
                 f"max_completion_tokens - 1 = {self.max_completion_tokens - 1}"
             )
+        if self.tool_seconds <= 0:
+            raise RecipeError(f"tool_seconds must be > 0; found {self.tool_seconds}")
         if self.num_generations < 2 and self.hdpo_compat is None:
             raise RecipeError(
                 "num_generations is 1: a rollout is judged against the others of its prompt. Use 2 or more."

@@ -13,11 +13,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from metis_home.errors import RecipeError, TrainingError
 
 from .. import collectives
+from ..checkpoints import newest_checkpoint
 from ..data.encode import Encoder
 from ..data.records import Record, load_records
 from ..distributed.watched import WatchedTrainer
@@ -26,8 +26,10 @@ from ..nan_guard import NanGuard
 from ..resuming import HubLayoutResume
 from ..rollouts.engine import RolloutEngine
 from ..rollouts.hf import HFEngine
+from ..rollouts.tool_rollouts import ToolRollouts
 from ..rollouts.types import Sampling
 from ..rollouts.vocabulary import end_token_ids, unsampled_token_ids
+from ..tools.protocol import Tool
 from .completions import CompletionsTable
 from .config import MetisRLConfig
 from .metrics import Stopwatch, UpdateMetrics, filling_columns, filling_metrics
@@ -40,6 +42,7 @@ from .samples import Buffer
 from .scoring import RewardFunction, Scorer
 from .self_check import check_log_probabilities
 from .state import load_state, save_state
+from .tools import describe_tools, tools_of, with_tools
 from .update import Updater, sum_names
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         train_dataset: records, or what `load_records` reads.
         processing_class: a `MetisHomeProcessor`.
         engine: what generates; default: the model itself (`HFEngine`).
+        tools: what rollouts may call, as objects; default: those that `args.tools` names.
         ref_model: for the KL term; default: a copy of the model as it starts (with adapters: the model without them).
         peft_config: wrap the model with an adapter first.
         callbacks, optimizers: as in transformers.
@@ -74,6 +78,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         processing_class: Any,
         *,
         engine: RolloutEngine | None = None,
+        tools: Sequence[Tool] | None = None,
         ref_model: nn.Module | None = None,
         peft_config: Any = None,
         callbacks: Sequence[Any] | None = None,
@@ -96,7 +101,9 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             callbacks=list(callbacks or ()),
             optimizers=optimizers,
         )
-        encoder = Encoder(processing_class, system_prompt=args.system_prompt, max_length=args.max_prompt_tokens)
+        used_tools = tools_of(args, tools)
+        records, system_prompt = describe_tools(records, args.system_prompt, used_tools, args)
+        encoder = Encoder(processing_class, system_prompt=system_prompt, max_length=args.max_prompt_tokens)
         ranks, rank = collectives.world_size(), collectives.rank()
         self.source = PromptSource(records, encoder, seed=args.seed, rank=rank, world_size=ranks)
         self.scorer = Scorer(
@@ -117,13 +124,14 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             suppress_token_ids=unsampled_token_ids(self.base.config, tokenizer),
             branch=wanted_branch(args),
         )
-        self.engine = engine or HFEngine(
+        generator = engine or HFEngine(
             self.base,
             tokenizer,
             max_tokens=args.rollout_batch_tokens,
             seed=args.seed * 1000 + rank,
             autocast=self._generating,
         )
+        self.engine = with_tools(generator, processing_class, used_tools, args)
         if args.plots:
             require_matplotlib()
         if args.n_gpu > 1:
@@ -158,7 +166,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As in transformers; a checkpoint also brings back prompts, buffer and the sampler's random state."""
         folder = str(self.args.output_dir)
-        checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint or None
+        checkpoint = newest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint or None
         if resume_from_checkpoint is True and checkpoint is None:
             raise TrainingError(f"there is no checkpoint in {folder} to resume from")
         self._resume_from = checkpoint
@@ -221,16 +229,16 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         return 0
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+        # First, because the Trainer's own state, which super() writes last, says that a checkpoint is complete.
         save_state(
-            folder,
+            f"{self.args.output_dir}/checkpoint-{self.state.global_step}",
             source=self.source,
             buffer=self.buffer,
             engine=self.engine,
             pending=self._pending_metrics,
             step=self.state.global_step,
         )
+        super()._save_checkpoint(model, trial)
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -255,6 +263,8 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         filling = self.filler.fill(self.state)
         self._enter("after rollouts: advantages, old log-probabilities")
         metrics = filling_metrics(filling, self.scorer.names, self.filler.correct_name) | filling_columns(filling)
+        if isinstance(self.engine, ToolRollouts):
+            metrics |= self.engine.take_metrics()
         self._pending_metrics.append(metrics)
         if self.completions is not None:
             self.completions.write(filling.groups, self.state.global_step + 1)

@@ -4,8 +4,10 @@ So a random policy that was told a handful of tokens, by a few steps of training
 reads the observation, calls again, answers rightly or wrongly, or runs into limits.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from PIL import Image
@@ -44,7 +46,7 @@ class Echo:
     def run(self, arguments: Mapping[str, object], context: ToolContext) -> ToolResult:
         text = str(arguments["text"])
         self.seen.append(text)
-        images = tuple(Image.new("RGB", (56, 84), (90 * i, 80, 90)) for i in range(self.images if text == "b" else 0))
+        images = tuple(Image.new("RGB", (56, 56), (90 * i, 80, 90)) for i in range(self.images if text == "b" else 0))
         return ToolResult(text=text * 3, images=images)
 
 
@@ -54,9 +56,14 @@ def tool_processor() -> MetisHomeProcessor:
     return MetisHomeProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 84), tokenizer)
 
 
-def caller(processor: MetisHomeProcessor, *, branches: bool = False, seed: int = 0, steps: int = 30):
-    """A model that says `WORDS`, "x" and the end token, all about equally often."""
-    torch.manual_seed(seed)
+def caller(processor: MetisHomeProcessor, *, branches: bool = False):
+    """A model that says `WORDS`, "x" and the end token, all about equally often; trained once, a copy each time."""
+    return copy.deepcopy(_caller(processor, branches))
+
+
+@cache
+def _caller(processor: MetisHomeProcessor, branches: bool):
+    torch.manual_seed(0)
     fields = model_fields(processor.tokenizer)
     if branches:
         model = MetisHomeForConditionalGeneration(MetisHomeConfig(**fields, router_trained=True))
@@ -64,7 +71,7 @@ def caller(processor: MetisHomeProcessor, *, branches: bool = False, seed: int =
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**fields))
     said = torch.tensor(processor.tokenizer.convert_tokens_to_ids([*WORDS, "x", END, END]))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(steps):
+    for step in range(30):
         before = torch.randint(0, 256, (16, 6))
         after = said[torch.randint(0, len(said), (16, 12))]
         labels = torch.cat([torch.full_like(before, -100), after], dim=1)
