@@ -191,6 +191,7 @@ def test_a_forked_child_makes_its_own_workers() -> None:
         finally:
             os._exit(0)
 
+    os.close(write)
     assert os.read(read, 1) == b"1"
     os.waitpid(child, 0)
     assert verify_answer("q+q+q+q", "4q").correct is True
