@@ -183,7 +183,7 @@ def test_a_forked_child_makes_its_own_workers() -> None:
     if child != 0:
         pool_file._pool_lock.release()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(120)
         try:
             ok = verify_answer("q+q+q", "3q").correct is True and not parents & set(shared_pool().process_ids())
             os.write(write, b"1" if ok else b"0")
