@@ -10,7 +10,7 @@ Shapes: P prompts of a batch, R rows (rollouts that still go on), T tokens, V vo
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from metis_home import ops
 from metis_home.branch import Branch
 from metis_home.errors import EngineError
-from metis_home.router import decide
 
 from ..data.batching import batches_by_length
 from .decoding import Stop, decode, left_padded
 from .positions import fill_positions, rope_index_of
+from .routing import divide
 from .types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -85,6 +85,25 @@ class HFEngine:
             self.model.train(was_training)
         return answers
 
+    def router_logits(self, prompts: Sequence[Prompt]) -> Tensor:
+        """What the router says of each prompt, (P, 2) float32 on the CPU; for engines that have no router."""
+        logits_PE = torch.zeros(len(prompts), 2)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                lengths = [len(prompt) for prompt in prompts]
+                for chosen in batches_by_length(lengths, max_tokens=self.max_tokens) if lengths else []:
+                    _, logits = self._embed_and_route([prompts[number] for number in chosen])
+                    logits_PE[chosen] = logits.float().cpu()
+        finally:
+            self.model.train(was_training)
+        return logits_PE
+
+    def router_threshold(self) -> float:
+        """From which probability on the router sends a prompt to the thinking branch."""
+        return float(self.model._router_threshold(None))
+
     def update_weights(self, model: nn.Module) -> None:
         """Nothing: the weights are shared."""
 
@@ -129,24 +148,18 @@ class HFEngine:
     def _routed_jobs(
         self, prompts: list[Prompt], embeds_PTD: Tensor, logits_PE: Tensor, num_generations: int, sampling: Sampling
     ) -> "list[_Job]":
-        logp_PE = logits_PE.float().log_softmax(-1).cpu()
-        if sampling.branch == "sample":
-            draws_PG = torch.multinomial(logits_PE.float().softmax(-1), num_generations, True, generator=self.generator)
-            thinking_P = draws_PG.sum(1).cpu()  # Branch.THINKING is 1
-        else:
-            threshold = self.model._router_threshold(None)
-            thinking_P = decide(logits_PE, threshold).branch_ids.cpu() * num_generations
-        jobs = []
-        for branch in Branch:
-            count_P = thinking_P if branch is Branch.THINKING else num_generations - thinking_P
-            rows = [
-                (place, int(count), float(logp_PE[place, branch]) if sampling.branch == "sample" else 0.0)
-                for place, count in enumerate(count_P.tolist())
-                if count
-            ]
-            if rows:
-                jobs.append(_Job(prompts, rows, branch, embeds_PTD))
-        return jobs
+        shares = divide(
+            logits_PE,
+            num_generations,
+            cast(Literal["router", "sample"], sampling.branch),
+            threshold=self.model._router_threshold(None),
+            generator=self.generator,
+        )
+        return [
+            _Job(prompts, [(share.place, share.count, share.logprob) for share in rows], branch, embeds_PTD)
+            for branch, rows in shares.items()
+            if rows
+        ]
 
     def _answer(self, job: "_Job", sampling: Sampling) -> list[tuple[int, Rollout]]:
         """Prefill the prompts of a job, decode its rollouts; (place in the batch, rollout) in order."""
