@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from metis_home.errors import RecipeError
 
+from .checkpoints import newest_checkpoint
 from .loading import load_model, load_processor
 from .recipe import LoraSection, Recipe
 
@@ -185,11 +186,9 @@ def _records(recipe: Recipe, sources: Sequence[str]) -> "list[Record]":
 
 
 def _checkpoint(output_dir: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    newest = newest_checkpoint(output_dir)
     if newest is None:
-        raise RecipeError(f"{output_dir} holds no checkpoint to resume from. Start without --resume.")
+        raise RecipeError(f"{output_dir} holds no complete checkpoint to resume from. Start without --resume.")
     return newest
 
 

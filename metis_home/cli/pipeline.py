@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metis_home.errors import OutputError
+from metis_home.prompts import SYSTEM_PROMPT
 
-from .answer import DtypeChoice
+from .answer import DtypeChoice, System
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
     from metis_home.training.data.records import Record
 
 PASS_RATES_HELP = """Sample answers to every prompt of DATA, verify them, write the pass rates and the answers.
@@ -57,30 +60,39 @@ def pass_rates(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8192,
     temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Sample from this much probability mass.")] = 1.0,
+    system: System = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens decoded at once.")] = 65536,
     prompts_per_unit: Annotated[int, typer.Option(min=1, help="Prompts that are written together.")] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
     seed: Seed = 0,
     dtype: Annotated[DtypeChoice, typer.Option(help="Type of the loaded weights.")] = DtypeChoice.AUTO,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: this rank's GPU, else cpu.")] = "auto",
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a vLLM server of MODEL (of its thinking branch); several share the prompts."),
+    ] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Print the cost and stop.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write pass rates."""
+    from transformers import AutoConfig
+
     from metis_home.branch import Branch
     from metis_home.training.data.encode import Encoder
     from metis_home.training.data.records import load_records
     from metis_home.training.loading import load_model, load_processor
     from metis_home.training.pipeline.pass_rates import cost_of
     from metis_home.training.pipeline.pass_rates import pass_rates as run
+    from metis_home.training.rollouts.engine import RolloutEngine
     from metis_home.training.rollouts.hf import HFEngine
+    from metis_home.training.rollouts.server import ServerEngine
     from metis_home.training.rollouts.types import Sampling
     from metis_home.training.rollouts.vocabulary import end_token_ids, unsampled_token_ids
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     records = load_records(data)[:limit]
     processor = load_processor(model)
-    encoder = Encoder(processor)
+    encoder = Encoder(processor, system_prompt=_system_prompt(system))
     cost = cost_of(records, encoder, samples=samples, max_new_tokens=max_new_tokens)
     if rank == 0:
         _say(str(cost))
@@ -89,15 +101,23 @@ def pass_rates(
     if overwrite and rank == 0:
         for old in [out, *out.parent.glob(f"{out.name}.*-of-*.part")]:
             old.unlink(missing_ok=True)
-    loaded = load_model(model, dtype=dtype.value, device=_device(device)).eval()
-    engine = HFEngine(loaded, processor.tokenizer, max_tokens=batch_tokens)
+    engine: RolloutEngine
+    if server:
+        config, generation = AutoConfig.from_pretrained(model), _generation_config(model)
+        branch = Branch.THINKING if config.model_type == "metis_home" else None
+        engine = ServerEngine(processor, {branch: server}, exact_logprobs=False)  # only the answers count
+    else:
+        loaded = load_model(model, dtype=dtype.value, device=_device(device)).eval()
+        config, generation = loaded.config, loaded.generation_config
+        engine = HFEngine(loaded, processor.tokenizer, max_tokens=batch_tokens)
+        branch = Branch.THINKING if engine.has_branches else None
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        branch=Branch.THINKING if engine.has_branches else None,
-        eos_token_ids=end_token_ids(processor.tokenizer, loaded.generation_config),
-        suppress_token_ids=unsampled_token_ids(loaded.config, processor.tokenizer),
+        branch=branch,
+        eos_token_ids=end_token_ids(processor.tokenizer, generation),
+        suppress_token_ids=unsampled_token_ids(config, processor.tokenizer),
     )
     complete = run(
         engine,
@@ -133,6 +153,7 @@ def build_sft(
     ratio: Annotated[float, typer.Option(min=0, help="Non-thinking rows per thinking row.")] = 1.0,
     pick: Annotated[str, typer.Option(help="Of several correct answers: shortest, or all.")] = "shortest",
     exclude: Annotated[str | None, typer.Option(help="Held-out rows that must not be taught.")] = None,
+    system: System = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -146,7 +167,6 @@ def build_sft(
         raise typer.BadParameter("--expert and --expert-url: choose one.")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} already exists. Use another --out, or --overwrite.")
-    from metis_home.prompts import SYSTEM_PROMPT
     from metis_home.training.data.records import load_records
     from metis_home.training.pipeline.experts import ExpertEndpoint, answers_from_file
     from metis_home.training.pipeline.report import draw_histogram, report_json, report_lines
@@ -166,7 +186,7 @@ def build_sft(
         )
         wanted = never_solved(records, known)
         _say(f"asking {expert_model} about {len(wanted)} prompts")
-        answers = endpoint.answers(wanted, SYSTEM_PROMPT)
+        answers = endpoint.answers(wanted, _system_prompt(system))
     out.parent.mkdir(parents=True, exist_ok=True)
     direct: list[Record] = [] if non_thinking is None else load_records(non_thinking)
     held_out: list[Record] = [] if exclude is None else load_records(exclude)
@@ -198,11 +218,17 @@ def rise(
 ) -> None:
     """Carry out all stages."""
     from metis_home.training.pipeline.rise import load_rise_recipe, run_rise
+    from metis_home.training.pipeline.rise_summary import summarize_rise, summary_lines
 
     loaded = load_rise_recipe(recipe, settings or [])
-    run_rise(loaded, say=print if dry_run else _say, dry_run=dry_run)
-    if not dry_run:
-        print(loaded.output_dir)
+    steps = run_rise(loaded, say=print if dry_run else _say, dry_run=dry_run)
+    if dry_run:
+        return
+    summary = summarize_rise(loaded.output_dir, steps)
+    file = Path(loaded.output_dir) / "summary.json"
+    file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _say("\n".join(summary_lines(summary)))
+    print(file)
 
 
 def export_recipe(
@@ -226,6 +252,20 @@ def export_recipe(
     for note in made.not_carried_over:
         _say(f"not carried over: {note}")
     print(made.folder)
+
+
+def _system_prompt(system: str | None) -> str | None:
+    return SYSTEM_PROMPT if system is None else system or None
+
+
+def _generation_config(model: str) -> "GenerationConfig | None":
+    """The checkpoint's, without its weights."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return None  # it has none
 
 
 def _device(device: str) -> str:

@@ -7,12 +7,14 @@ with the first step without one, and inside a step where that step's own resume 
 Source: Metis-RISE (arXiv 2506.13056) for the order, Metis-HOME (arXiv 2510.20519) for conversion and Stage-SFT.
 """
 
+import fcntl
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,10 +22,13 @@ from typing import Literal
 import xxhash
 
 from metis_home.errors import RecipeError, TrainingError
+from metis_home.prompts import SYSTEM_PROMPT
 
+from ..checkpoints import newest_checkpoint
 from ..recipe import parse_recipe, parse_section, put, read_tree, refuse_unknown
 
 DONE = "done.json"
+LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,7 @@ class EvaluateSection:
 
     thinking: str = "auto,on,off"
     max_new_tokens: int = 8192
+    batch_tokens: int = 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +82,8 @@ class RiseRecipe:
     pass_rates: PassRatesSection = field(default_factory=PassRatesSection)
     sft_set: SftSetSection = field(default_factory=SftSetSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    system_prompt: str = SYSTEM_PROMPT
+    """For rows without one, in every stage; "": the chat template's own. Default: Metis-RISE's."""
     launch: list[str] = field(default_factory=list)
     """What starts training and sampling on several devices, for example [torchrun, --nproc-per-node, "8"]."""
     seed: int = 0
@@ -113,6 +121,9 @@ def load_rise_recipe(path: str | Path, overrides: list[str]) -> RiseRecipe:
     recipe: RiseRecipe = parse_section(RiseRecipe, {**tree, **parsed}, str(path), "")
     for stage in ("rl", "sft"):
         refuse_unknown(getattr(recipe, stage), ["model", "training", "lora", "rewards"], str(path), f"{stage}.")
+        training = getattr(recipe, stage).get("training")
+        if isinstance(training, dict) and "system_prompt" in training:
+            raise RecipeError(f"{path}: {stage}.training.system_prompt: say it once, as system_prompt of all stages.")
     for step in plan_steps(recipe):
         if step.recipe is not None:
             parse_recipe(step.recipe, f"{path}, {step.name}")
@@ -127,8 +138,9 @@ def plan_steps(recipe: RiseRecipe) -> list[Step]:
     rates_file, rows_file = rates / "rates.jsonl", rows / "sft.jsonl"
     own = [sys.executable, "-m", "metis_home.cli"]
     spread = [*recipe.launch, "-m", "metis_home.cli"] if recipe.launch else own
-    rl_recipe = _stage_recipe("rl", recipe.rl, recipe.model, recipe.prompts, rl / "model")
-    sft_recipe = _stage_recipe("sft", recipe.sft, str(home / "model"), str(rows_file), sft / "model")
+    rl_recipe = _stage_recipe("rl", recipe, recipe.model, recipe.prompts, rl / "model")
+    sft_recipe = _stage_recipe("sft", recipe, str(home / "model"), str(rows_file), sft / "model")
+    system = [] if recipe.system_prompt == SYSTEM_PROMPT else ["--system", recipe.system_prompt]
     sampling, chosen = recipe.pass_rates, recipe.sft_set
     expert: list[str] = []
     if chosen.expert_file is not None:
@@ -150,7 +162,7 @@ def plan_steps(recipe: RiseRecipe) -> list[Step]:
                 *(*spread, "pass-rates", str(rl / "model"), recipe.prompts, "--out", str(rates_file)),
                 *("--samples", str(sampling.samples), "--temperature", str(sampling.temperature)),
                 *("--max-new-tokens", str(sampling.max_new_tokens), "--batch-tokens", str(sampling.batch_tokens)),
-                *("--seed", str(recipe.seed)),
+                *("--seed", str(recipe.seed), *system),
             ],
             resume=[],
         ),
@@ -160,7 +172,7 @@ def plan_steps(recipe: RiseRecipe) -> list[Step]:
             command=[
                 *(*own, "build-sft", recipe.prompts, "--pass-rates", str(rates_file), "--out", str(rows_file)),
                 *("--non-thinking", recipe.non_thinking, "--ratio", str(chosen.ratio), "--pick", chosen.pick),
-                *("--exclude", recipe.held_out, "--seed", str(recipe.seed), "--overwrite", *expert),
+                *("--exclude", recipe.held_out, "--seed", str(recipe.seed), "--overwrite", *expert, *system),
             ],
             resume=[],
         ),
@@ -183,6 +195,7 @@ def plan_steps(recipe: RiseRecipe) -> list[Step]:
             command=[
                 *(*own, "evaluate", str(sft / "model"), recipe.held_out, "--out", str(report / "report")),
                 *("--thinking", recipe.evaluate.thinking, "--max-new-tokens", str(recipe.evaluate.max_new_tokens)),
+                *("--batch-tokens", str(recipe.evaluate.batch_tokens), *system),
             ],
             resume=[],
         ),
@@ -195,26 +208,46 @@ def run_rise(recipe: RiseRecipe, *, say: Callable[[str], None], dry_run: bool = 
     Returns:
         One entry per step: name, seconds, whether it was there already.
     Raises:
-        RecipeError: a finished step was done with other settings. TrainingError: a command failed.
+        RecipeError: a finished step was done with other settings. TrainingError: a command failed, or an earlier run is
+            still at work in this output directory.
     """
+    if dry_run:
+        for step in plan_steps(recipe):
+            say(f"{step.name}: {shlex.join(step.command)}")
+        return []
+    with _only_run(Path(recipe.output_dir)) as lock:
+        return _run_all(plan_steps(recipe), say, lock)
+
+
+def _run_all(steps: list[Step], say: Callable[[str], None], lock: int) -> list[dict[str, object]]:
     results: list[dict[str, object]] = []
-    for step in plan_steps(recipe):
-        shown = shlex.join(step.command)
-        if dry_run:
-            say(f"{step.name}: {shown}")
-            continue
+    for step in steps:
         done = _done(step)
         if done is not None:
             say(f"{step.name}: done before ({done['seconds']:.0f} s)")
             results.append({**done, "skipped": True})
             continue
-        say(f"{step.name}: {shown}")
-        seconds = _run(step)
+        say(f"{step.name}: {shlex.join(step.command)}")
+        seconds = _run(step, lock)
         entry: dict[str, object] = {"name": step.name, "seconds": seconds, "digest": step.digest}
         (step.folder / DONE).write_text(json.dumps(entry) + "\n", encoding="utf-8")
         say(f"{step.name}: {seconds:.0f} s")
         results.append({**entry, "skipped": False})
     return results
+
+
+@contextmanager
+def _only_run(folder: Path) -> Iterator[int]:
+    """Hold the lock of `folder`; its number goes to the commands, so that one that outlives this process holds it too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"{folder}: another run, or a command that it started, is still at work there. Wait for it, or end it."
+            ) from None
+        yield file.fileno()
 
 
 def _done(step: Step) -> dict[str, float] | None:
@@ -230,7 +263,7 @@ def _done(step: Step) -> dict[str, float] | None:
     return done
 
 
-def _run(step: Step) -> float:
+def _run(step: Step, lock: int) -> float:
     begun = (step.folder / "begun").exists()
     step.folder.mkdir(parents=True, exist_ok=True)
     (step.folder / "begun").touch()
@@ -241,7 +274,14 @@ def _run(step: Step) -> float:
     command = [*step.command, *(_resume(step) if begun else [])]
     started = time.monotonic()
     with (step.folder / "log.txt").open("ab") as log:
-        finished = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False)
+        finished = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[lock],
+            check=False,
+        )
     if finished.returncode != 0:
         tail = (step.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
         raise TrainingError(
@@ -256,14 +296,16 @@ def _resume(step: Step) -> list[str]:
     made = step.folder / "model"
     if not step.resume or (not made.exists() and not list(step.folder.glob("model*"))):
         return []
-    if "train" in step.command and not list(made.glob("checkpoint-*")):
+    if "train" in step.command and newest_checkpoint(made) is None:
         return ["--overwrite"]
     return step.resume
 
 
 def _stage_recipe(
-    stage: str, sections: Mapping[str, object], model: str, data: str, output_dir: Path
+    stage: Literal["rl", "sft"], recipe: RiseRecipe, model: str, data: str, output_dir: Path
 ) -> dict[str, object]:
+    sections: Mapping[str, object] = getattr(recipe, stage)
+
     def section(name: str) -> dict[str, object]:
         found = sections.get(name) or {}
         if not isinstance(found, dict):
@@ -274,7 +316,11 @@ def _stage_recipe(
         "stage": stage,
         "model": {**section("model"), "path": model},
         "data": {"train": [data]},
-        "training": {**section("training"), "output_dir": str(output_dir)},
+        "training": {
+            **section("training"),
+            "output_dir": str(output_dir),
+            "system_prompt": recipe.system_prompt or None,
+        },
     }
     if sections.get("lora"):
         tree["lora"] = section("lora")
