@@ -26,7 +26,7 @@ def fields() -> dict[str, Any]:
     return {**plain, "text_config": text, "vision_config": vision}
 
 
-def louder(model: Any, scale: float = 2.0) -> Any:
+def louder(model: Any, scale: float = 4.0) -> Any:
     """Larger weights, hence decisive logits; biases that are not zero, so that lost ones show."""
     import torch
 

@@ -17,6 +17,8 @@ _CHOICES = {
     "loss_aggregation": AGGREGATIONS,
     "old_logprobs": ("auto", "sampler", "recompute"),
     "thinking": (None, True, False, "router", "sample"),
+    "engine": ("hf", "server"),
+    "server_weights_dtype": (None, "bf16", "fp16", "fp32"),
 }
 
 
@@ -69,6 +71,30 @@ class MetisRLConfig(TrainingArguments):
     rollout_batch_tokens: int = field(
         default=65536, metadata={"help": "Tokens that the HF engine decodes at once: rows x longest. Bounds its cache."}
     )
+    engine: str = field(
+        default="hf",
+        metadata={"help": "What generates: 'hf', the model itself; 'server', vLLM servers, see docs/rollouts.md."},
+    )
+    server_urls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Addresses of servers of the dense model, or of the thinking branch. They share the prompts."
+        },
+    )
+    server_urls_non_thinking: list[str] | None = field(
+        default=None, metadata={"help": "Addresses of servers of the non-thinking branch."}
+    )
+    server_weights_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where new weights are written for the servers, which read the same path. None: output_dir."},
+    )
+    server_weights_dtype: str | None = field(
+        default=None, metadata={"help": "bf16, fp16 or fp32: type of the written weights. None: as they are trained."}
+    )
+    server_timeout_seconds: float = field(
+        default=1800.0, metadata={"help": "Longest wait for an answer of a server (ours)."}
+    )
+    server_concurrency: int = field(default=64, metadata={"help": "Requests at a time and rank (ours)."})
     system_prompt: str | None = field(
         default=SYSTEM_PROMPT,
         metadata={"help": "System prompt of rows without one; None: the chat template's own. Default: Metis-RISE's."},
@@ -246,6 +272,7 @@ class MetisRLConfig(TrainingArguments):
                 f"overlong_buffer_tokens is {self.overlong_buffer_tokens}; expected 0 (off) up to "
                 f"max_completion_tokens - 1 = {self.max_completion_tokens - 1}"
             )
+        self._check_servers()
         if self.tool_seconds <= 0:
             raise RecipeError(f"tool_seconds must be > 0; found {self.tool_seconds}")
         if self.num_generations < 2 and self.hdpo_compat is None:
@@ -260,3 +287,29 @@ class MetisRLConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise RecipeError("remove_unused_columns must be False: the trainer encodes whole records, not columns.")
+
+    def _check_servers(self) -> None:
+        """Raises:
+        RecipeError: addresses without `engine: server`, or too few or too many for what answers.
+        """
+        given = {"server_urls": bool(self.server_urls), "server_urls_non_thinking": bool(self.server_urls_non_thinking)}
+        wanted = dict.fromkeys(given, False)
+        if self.engine == "server":
+            wanted["server_urls"] = self.thinking is not False
+            wanted["server_urls_non_thinking"] = self.thinking in (False, "router", "sample")
+        for name, is_wanted in wanted.items():
+            if given[name] != is_wanted:
+                raise RecipeError(
+                    f"{name} is {getattr(self, name)!r} with engine {self.engine!r} and thinking {self.thinking!r}; "
+                    f"expected {'addresses such as http://127.0.0.1:8000' if is_wanted else 'none: nothing would use them'}"
+                )
+        if self.engine == "server" and (self.top_p < 1 or self.top_k):
+            raise RecipeError(
+                f"top_p is {self.top_p} and top_k {self.top_k}: a server's log-probabilities would be of what they leave, "
+                "not of the policy. Set top_p 1 and top_k 0, or engine: hf."
+            )
+        if self.server_timeout_seconds <= 0 or self.server_concurrency < 1:
+            raise RecipeError(
+                f"server_timeout_seconds is {self.server_timeout_seconds} and server_concurrency "
+                f"{self.server_concurrency}; expected more than 0, and at least 1"
+            )

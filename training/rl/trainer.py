@@ -25,13 +25,13 @@ from ..distributed.whole import whole_parameters
 from ..nan_guard import NanGuard
 from ..resuming import HubLayoutResume
 from ..rollouts.engine import RolloutEngine
-from ..rollouts.hf import HFEngine
 from ..rollouts.tool_rollouts import ToolRollouts
 from ..rollouts.types import Sampling
 from ..rollouts.vocabulary import end_token_ids, unsampled_token_ids
 from ..tools.protocol import Tool
 from .completions import CompletionsTable
 from .config import MetisRLConfig
+from .engines import make_engine
 from .metrics import Stopwatch, UpdateMetrics, filling_columns, filling_metrics
 from .parts import base_of, choose_parts, reference_of, wanted_branch
 from .planning import plan_steps
@@ -57,7 +57,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         reward_funcs: functions with TRL's signature, or names from `metis_home.training.rewards`.
         train_dataset: records, or what `load_records` reads.
         processing_class: a `MetisHomeProcessor`.
-        engine: what generates; default: the model itself (`HFEngine`).
+        engine: what generates; default: what `args.engine` says, the model itself or servers.
         tools: what rollouts may call, as objects; default: those that `args.tools` names.
         ref_model: for the KL term; default: a copy of the model as it starts (with adapters: the model without them).
         peft_config: wrap the model with an adapter first.
@@ -124,13 +124,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             suppress_token_ids=unsampled_token_ids(self.base.config, tokenizer),
             branch=wanted_branch(args),
         )
-        generator = engine or HFEngine(
-            self.base,
-            tokenizer,
-            max_tokens=args.rollout_batch_tokens,
-            seed=args.seed * 1000 + rank,
-            autocast=self._generating,
-        )
+        generator = engine or make_engine(args, self.base, processing_class, rank=rank, autocast=self._generating)
         self.engine = with_tools(generator, processing_class, used_tools, args)
         if args.plots:
             require_matplotlib()
@@ -219,7 +213,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             values = [metrics[name] for metrics in fillings if name in metrics]
             logs[name] = sum(values) / len(values)
         logs |= self.update_metrics.flush()
-        for stage in ("prepare", "update"):
+        for stage in ("weights", "prepare", "update"):
             if self.clock.seconds.get(stage):
                 logs[f"seconds/{stage}"] = self.clock.seconds.pop(stage)
         super().log(logs, *args, **kwargs)
@@ -255,7 +249,9 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
     def _fill(self, model: nn.Module) -> None:
         """Generate, score and plan; afterwards the buffer has steps."""
         if not self.engine.shares_weights:
-            self.engine.update_weights(self.base)
+            self._enter("weights to the servers")
+            with self.clock.stage("weights"):
+                self.engine.update_weights(self.base)
         if self.args.self_check and not self._has_checked:
             check_log_probabilities(self.engine, self.source, self.sampling, self.updater, model, self.args)
         self._has_checked = True

@@ -91,6 +91,8 @@ class HFEngine:
         was_training = self.model.training
         self.model.eval()
         try:
+            for prompt in prompts:
+                fill_positions(prompt, self._rope_index)
             with torch.no_grad(), self.autocast():
                 lengths = [len(prompt) for prompt in prompts]
                 for chosen in batches_by_length(lengths, max_tokens=self.max_tokens) if lengths else []:

@@ -173,7 +173,7 @@ class ServerEngine:
 
     def _routed(
         self, prompts: Sequence[Prompt], count: int, wanted: str, call: int
-    ) -> list[tuple[int, Branch, int, float]]:
+    ) -> list[tuple[int, Branch | None, int, float]]:
         if self.router is None:
             raise EngineError(f"branch {wanted!r} asks the router, which servers do not have: give the engine `router`")
         shares = divide(

@@ -422,7 +422,7 @@ def test_the_router_sends_prompts_as_with_the_hf_engine(branch_servers) -> None:
     policy, made, _ = branch_servers
     settings = sampling(policy, branch="router")
 
-    groups = made.generate(PROMPTS, 2, settings)
+    groups = made.generate(prompts(), 2, settings)
 
     expected = HFEngine(policy, PROCESSOR.tokenizer).generate(PROMPTS, 2, settings)
     assert [[r.branch for r in group] for group in groups] == [[r.branch for r in group] for group in expected]
