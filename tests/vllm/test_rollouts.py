@@ -26,7 +26,7 @@ pytestmark = [
 ]
 NEW_TOKENS = 24
 LOGPROB_ATOL = 1e-4  # nats; two implementations in float32, 2e-6 was measured
-START_SECONDS = 300
+START_SECONDS = 900  # 40 on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,10 @@ def server(work: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its children, if they outlive it
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its children, if they outlive it
 
 
 def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
