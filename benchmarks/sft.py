@@ -17,18 +17,16 @@ median of 250 tokens, as reasoning data has them.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from datetime import date
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import turns  # noqa: E402
 
 TEXT = {
     "hidden_size": 384,
@@ -59,9 +57,8 @@ def main() -> None:
     seconds, tokens, memory = take_turns(arguments.rounds)
     report = summarise(seconds, tokens, memory, arguments.rounds)
     for row in report["rows"]:
-        print(
-            f"{row['case']:28} {row['ratio']:.3f}  (p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f})  goal {row['goal']}"
-        )
+        spread = f"(p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f})"
+        print(f"{row['case']:28} {row['ratio']:.3f}  {spread}  goal {row['goal']}")
     for variant in VARIANTS:
         print(
             f"{variant:12} {statistics.median(seconds[variant]):.3f} s a step, peak {memory[variant] / 2**20:.0f} MiB"
@@ -72,38 +69,12 @@ def main() -> None:
 
 def take_turns(rounds: int) -> tuple[dict[str, list[float]], dict[str, list[int]], dict[str, int]]:
     """One step of each variant per round; the first round is discarded."""
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "HF_HUB_OFFLINE": "1"}
-    workers = {
-        variant: subprocess.Popen(
-            [sys.executable, __file__, "--worker", variant],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for variant in VARIANTS
-    }
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    tokens: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
-    memory: dict[str, int] = {}
-    try:
-        for worker in workers.values():
-            worker.stdout.readline()  # ready: the first step is done
-        for index in range(rounds + 1):
-            order = VARIANTS if index % 2 else VARIANTS[::-1]
-            for variant in order:
-                worker = workers[variant]
-                worker.stdin.write("step\n")
-                worker.stdin.flush()
-                step = json.loads(worker.stdout.readline())
-                memory[variant] = step["peak_bytes"]
-                if index:
-                    seconds[variant].append(step["seconds"])
-                    tokens[variant].append(step["tokens"])
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "HF_HUB_OFFLINE": "1"}
+    commands = {variant: [sys.executable, __file__, "--worker", variant] for variant in VARIANTS}
+    steps = turns.take_turns(commands, rounds, environment)
+    seconds = {variant: [step["seconds"] for step in steps[variant]] for variant in VARIANTS}
+    tokens = {variant: [int(step["tokens"]) for step in steps[variant]] for variant in VARIANTS}
+    memory = {variant: int(steps[variant][-1]["peak_bytes"]) for variant in VARIANTS}
     return seconds, tokens, memory
 
 
@@ -131,18 +102,8 @@ def summarise(
     rates = {name: [n / s for n, s in zip(tokens[name], seconds[name], strict=True)] for name in ("padded", "packed")}
     packing = [packed / padded for packed, padded in zip(rates["packed"], rates["padded"], strict=True)]
     overall = {name: sum(tokens[name]) / sum(seconds[name]) for name in ("padded", "packed")}
-    import torch
-    import transformers
-
     return {
-        "machine": {
-            "date": str(date.today()),
-            "processor": platform.machine(),
-            "threads": int(os.environ.get("OMP_NUM_THREADS", "2")),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": turns.machine(),
         "settings": {**TEXT, "rows": ROWS, "row_tokens": ROW_TOKENS, "image_pixels": IMAGE_PIXELS, "rounds": rounds},
         "rows": [
             row("one branch, time", against_dense("one_branch"), memory["one_branch"] / memory["dense"]),
@@ -158,12 +119,10 @@ def summarise(
 
 def work(variant: str) -> None:
     """One trainer; a step whenever the parent says so."""
-    # Trainers print; the results have a channel of their own.
-    results = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    channel = turns.result_channel()
 
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     from metis_home.training import MetisSFTConfig, MetisSFTTrainer
     from metis_home.training.data.collate import PaddingCollator
@@ -176,22 +135,12 @@ def work(variant: str) -> None:
     processor, dense, two_branch = models()
     counts: list[int] = []
 
-    class Turn(TrainerCallback):
-        def __init__(self) -> None:
-            self.started = 0.0
-            self.first = True
+    def describe() -> dict[str, float]:
+        tokens = sum(counts)
+        counts.clear()
+        return {"tokens": tokens}
 
-        def on_step_end(self, args, state, control, **kwargs) -> None:
-            seconds, tokens = time.perf_counter() - self.started, sum(counts)
-            if self.first:
-                self.first = False
-                results.write("ready\n")
-            else:
-                results.write(json.dumps({"seconds": seconds, "tokens": tokens, "peak_bytes": peak_bytes()}) + "\n")
-            if not sys.stdin.readline():
-                control.should_training_stop = True
-            counts.clear()
-            self.started = time.perf_counter()
+    turn = turns.turn_callback(channel, describe)
 
     def counting(collate, drop: tuple[str, ...] = ()):
         def collated(examples):
@@ -223,12 +172,12 @@ def work(variant: str) -> None:
                     PaddingCollator(processor.tokenizer.pad_token_id), ("router_labels", "record_index")
                 ),
                 train_dataset=dataset,
-                callbacks=[Turn()],
+                callbacks=[turn],
             )
         else:
             config = MetisSFTConfig(**settings, packing=variant == "packed", plots=False)
             trainer = MetisSFTTrainer(
-                two_branch, config, train_dataset=records, processing_class=processor, callbacks=[Turn()]
+                two_branch, config, train_dataset=records, processing_class=processor, callbacks=[turn]
             )
             trainer.data_collator = counting(trainer.data_collator)
         trainer.train()
@@ -284,13 +233,6 @@ def rows(variant: str) -> list[dict[str, object]]:
             }
         )
     return made
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
