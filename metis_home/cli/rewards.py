@@ -11,7 +11,6 @@ import typer
 
 if TYPE_CHECKING:
     from metis_home.training.data.records import Record
-    from metis_home.training.verifier import Verdict
 
 CHECK_REWARDS_HELP = """Score every gold answer as if a model had written it, and wrong ones too, before any training.
 
@@ -47,7 +46,7 @@ def check_rewards(
     """Score golds as predictions."""
     from metis_home.errors import DataError
     from metis_home.training.data.records import load_records
-    from metis_home.training.verifier import gold_problem
+    from metis_home.training.judging import record_problem, verify_record
 
     records = load_records(data, image_root=image_root)
     if not records:
@@ -55,13 +54,12 @@ def check_rewards(
     unread, failed, methods = [], [], Counter[str]()
     for record in records:
         gold = record.answer or ""
-        options, tolerance = _settings(record)
-        problem = gold_problem(gold, record.kind, options=options, tolerance=tolerance)
+        problem = record_problem(record)
         if problem is not None:
             unread.append({"row": record.index, "id": record.id, "gold": gold[:80], "reason": problem})
             continue
         for form, text in _forms(gold).items():
-            verdict = _score(text, record)
+            verdict = verify_record(text, record)
             if form == "bare":
                 methods[verdict.method] += 1
             if verdict.correct is not True:
@@ -108,6 +106,7 @@ def _inside_box(gold: str) -> str:
 
 def _wrong_answers(records: "list[Record]", samples: int) -> tuple[list[dict[str, object]], int]:
     """Perturbed answers of a seeded sample of rows, and those that score all the same."""
+    from metis_home.training.judging import verify_record
     from metis_home.training.verifier import extract_answer
 
     chosen = random.Random(0).sample(records, min(samples, len(records)))
@@ -126,7 +125,7 @@ def _wrong_answers(records: "list[Record]", samples: int) -> tuple[list[dict[str
             if text is None:
                 continue
             tried += 1
-            if _score(text, record).correct:
+            if verify_record(text, record).correct:
                 accepted.append(
                     {"row": record.index, "id": record.id, "gold": gold[:80], "what": what, "answer": text[:120]}
                 )
@@ -135,22 +134,9 @@ def _wrong_answers(records: "list[Record]", samples: int) -> tuple[list[dict[str
 
 def _same(one: "Record", record: "Record") -> bool:
     """The golds of both rows are equal, so one row's is no wrong answer to the other."""
-    return bool(_score(one.answer or "", record).correct) or bool(_score(record.answer or "", one).correct)
+    from metis_home.training.judging import verify_record
 
-
-def _score(text: str, record: "Record") -> "Verdict":
-    from metis_home.training.verifier import verify_answer
-
-    options, tolerance = _settings(record)
-    return verify_answer(text, record.answer or "", record.kind, options=options, tolerance=tolerance)
-
-
-def _settings(record: "Record") -> tuple[list[str] | None, float | str | None]:
-    options, tolerance = record.columns.get("options"), record.columns.get("tolerance")
-    return (
-        [str(option) for option in options] if isinstance(options, list | tuple) else None,
-        tolerance if isinstance(tolerance, float | int | str) else None,
-    )
+    return any(verify_record(a.answer or "", b).correct for a, b in ((one, record), (record, one)))
 
 
 def _print(report: dict[str, object]) -> None:

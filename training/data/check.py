@@ -170,15 +170,9 @@ def _gold_problems(record: Record) -> Iterator[RowError]:
     if record.answer is None or not record.answer.strip():
         yield RowError("empty answer", "expected a solution or an answer to compare with; found none")
         return
-    from metis_home.training.verifier import gold_problem
+    from metis_home.training.judging import record_problem
 
-    options, tolerance = record.columns.get("options"), record.columns.get("tolerance")
-    problem = gold_problem(
-        record.answer,
-        record.kind,
-        options=options if isinstance(options, (list, tuple)) else None,
-        tolerance=tolerance if isinstance(tolerance, (int, float, str)) else None,
-    )
+    problem = record_problem(record)
     if problem is not None:
         yield RowError("unparseable gold", problem)
 

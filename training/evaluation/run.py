@@ -11,7 +11,7 @@ from metis_home.errors import DataError
 from metis_home.prompts import MAX_NEW_TOKENS, SYSTEM_PROMPT
 from metis_home.responses import parse_response
 from metis_home.training.data.records import Record
-from metis_home.training.verifier import verify_answer
+from metis_home.training.judging import verify_record
 
 from .answering import BATCH_TOKENS, Answerer, Generated, Prompt
 from .completions import MODES, Completion, CompletionFile, Mode, check_rows, open_run, write_json, write_text
@@ -203,11 +203,7 @@ def _completion(
     directory: Path,
 ) -> Completion:
     parts = parse_response(made.text, prefix=made.prefix)
-    if record.answer is None:
-        correct, method, extracted, reason = None, "none", None, "the row has no answer"
-    else:
-        verdict = verify_answer(made.prefix + made.text, record.answer, record.kind)
-        correct, method, extracted, reason = verdict.correct, verdict.method, verdict.extracted, verdict.reason
+    verdict = verify_record(made.prefix + made.text, record)
     return Completion(
         id=record.id,
         index=record.index,
@@ -225,10 +221,10 @@ def _completion(
         completion=made.text,
         reasoning=parts["reasoning_content"],
         content=parts["content"],
-        extracted=extracted,
-        correct=correct,
-        method=method,
-        reason=reason,
+        extracted=verdict.extracted,
+        correct=verdict.correct,
+        method=verdict.method,
+        reason=verdict.reason,
         prompt_tokens=made.prompt_tokens,
         prefix_tokens=made.prefix_tokens,
         completion_tokens=made.completion_tokens,

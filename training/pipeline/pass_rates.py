@@ -18,8 +18,8 @@ import xxhash
 from metis_home.branch import Branch
 from metis_home.errors import DataError, OutputError
 
+from ..judging import record_problem, verify_record
 from ..rollouts.types import Sampling, make_prompt
-from ..verifier import Verdict, verify_answer
 from .shards import ShardFile
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..data.records import Record
     from ..rollouts.engine import RolloutEngine
     from ..rollouts.types import Rollout
+    from ..verifier import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def pass_rates(
     prompts_per_unit: int = 16,
     rank: int = 0,
     world_size: int = 1,
-    verify: Callable[[str, str, str | None], Verdict] = verify_answer,
+    verify: "Callable[[str, Record], Verdict]" = verify_record,
     say: Callable[[str], None] = logger.info,
 ) -> bool:
     """Sample, verify and write one line per prompt to `out` (JSONL): id, pass_rate, samples, correct, completions.
@@ -83,7 +84,7 @@ def pass_rates(
     Args:
         samples: N, answers per prompt.
         settings: what the run depends on beside this call (model, data), compared when it is resumed.
-        verify: judges (answer, gold, kind), for example a judge model's verdict instead of the rules'.
+        verify: judges an answer to a record, for example a judge model's verdict instead of the rules'.
         say: gets a line about the time left now and then.
     Returns:
         Whether `out` is complete (False where other ranks are still at work).
@@ -136,11 +137,11 @@ def rows_digest(records: "Sequence[Record]") -> str:
 
 
 def _line(
-    record: "Record", group: "Sequence[Rollout]", verify: Callable[[str, str, str | None], Verdict]
+    record: "Record", group: "Sequence[Rollout]", verify: "Callable[[str, Record], Verdict]"
 ) -> dict[str, object]:
     completions = []
     for rollout in group:
-        verdict = verify(rollout.text, record.answer or "", record.kind)
+        verdict = verify(rollout.text, record)
         # An answer that a limit cut is not a solution, whatever stands in it.
         correct = verdict.correct if rollout.finished or verdict.correct is None else False
         completions.append(
@@ -173,11 +174,9 @@ def refuse_unjudgeable(records: "Sequence[Record]") -> None:
     Raises:
         DataError: such rows, all of them listed.
     """
-    from ..verifier import gold_problem
-
     bad = []
     for record in records:
-        problem = "no answer" if not record.answer else gold_problem(record.answer, record.kind)
+        problem = record_problem(record)
         if problem is not None:
             bad.append(f"  row {record.index} ({record.id}): {problem}")
     if bad:

@@ -25,7 +25,7 @@ from ..data.conversation import image_sources, texts
 from ..data.formats import format_problem, mode_name
 from ..data.records import write_rows
 from ..evaluation.fingerprint import image_bytes
-from ..verifier import verify_answer
+from ..judging import verify_record
 from .portable import portable_row
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _own(line: Mapping[str, object], pick: Pick, report: SftSetReport) -> list[s
 def _experts(record: "Record", responses: Sequence[str], report: SftSetReport) -> list[str]:
     for response in responses:
         if format_problem(response, Branch.THINKING) is None:
-            if verify_answer(response, record.answer or "", record.kind).correct:
+            if verify_record(response, record).correct:
                 return [response]
     if responses:
         report.expert_wrong += 1

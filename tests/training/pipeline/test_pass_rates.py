@@ -7,7 +7,7 @@ import pytest
 
 from metis_home.errors import DataError, OutputError
 from metis_home.training.data.encode import Encoder
-from metis_home.training.data.records import load_records
+from metis_home.training.data.records import Record, load_records
 from metis_home.training.loading import load_model, load_processor
 from metis_home.training.pipeline.pass_rates import cost_of, pass_rates
 from metis_home.training.rollouts.hf import HFEngine
@@ -45,7 +45,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("dense") / "model")
 
 
-def even(text: str, gold: str, kind: str | None) -> Verdict:
+def even(text: str, record: Record) -> Verdict:
     """A random model solves nothing, so here an even number of characters is right."""
     return Verdict(correct=len(text) % 2 == 0, method="test", extracted=text, reason="")
 
