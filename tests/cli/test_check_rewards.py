@@ -94,7 +94,7 @@ def test_a_wrong_answer_that_scores_fails(run, tmp_path, monkeypatch) -> None:
         verdict = verify_answer(prediction, gold, *arguments, **options)
         return verdict if gold not in prediction else dataclasses.replace(verdict, correct=True)
 
-    monkeypatch.setattr("metis_home.training.verifier.verify_answer", generous)
+    monkeypatch.setattr("metis_home.training.judging.verify_answer", generous)
     status, out, err = run(write(tmp_path, [{"answer": "4"}, {"answer": "B"}]))
 
     assert status == 1
