@@ -155,15 +155,10 @@ def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
     dense = f"dense-{seed}"
     found: Json = {"seed": seed}
 
-    def train_it(folder: Path) -> Json:
-        return train_dense(
-            folder, study.directory("tower"), study.directory("encoded") / "dense.pt", plan.dense, seed=seed
-        )
-
     def answer_dense(folder: Path) -> Json:
         return summarize(answers(study.directory(dense), folder, read(data, "test"), ["auto"], plan.sft.max_new_tokens))
 
-    found["dense"] = study.stage(dense, train_it, settings=[asdict(plan.dense), seed], after=("tower", "encoded"))
+    found["dense"] = dense_stage(study, plan.dense, seed)
     if is_control:
         return found | {"control": train_and_answer(study, plan, seed, DEFAULT_POOLING, name="control", modes=MODES)}
     found["dense_answers"] = study.stage(
@@ -175,6 +170,17 @@ def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
     found["router_alone"] = {pooling: router_alone(study, plan, seed, pooling) for pooling in POOLINGS}
     found["router_text_only"] = router_alone(study, plan, seed, DEFAULT_POOLING, text_only=True)
     return found
+
+
+def dense_stage(study: Study, settings: DenseSettings, seed: int, *, name: str = "dense") -> Json:
+    """Train a dense model of a seed: the stage `<name>-<seed>`."""
+
+    def train_it(folder: Path) -> Json:
+        return train_dense(
+            folder, study.directory("tower"), study.directory("encoded") / "dense.pt", settings, seed=seed
+        )
+
+    return study.stage(f"{name}-{seed}", train_it, settings=[asdict(settings), seed], after=("tower", "encoded"))
 
 
 def train_and_answer(study: Study, plan: Plan, seed: int, pooling: str, *, name: str, modes: tuple[str, ...]) -> Json:

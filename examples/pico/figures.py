@@ -22,7 +22,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 def modes(report: Report, folder: Path) -> Path:
     """Accuracy and tokens of each family and mode: bars are means over seeds, dots seeds with 95 % intervals."""
-    figure, axes = _subplots(2, width=10)
+    figure, axes = subplots(2, width=10)
     families = ("direct", "reasoning")
     for place, mode in enumerate(MODES):
         for panel, value_of in enumerate((_accuracy, _tokens)):
@@ -43,12 +43,12 @@ def modes(report: Report, folder: Path) -> Path:
         axis.set_xticks(range(len(families)), families)
         axis.set_title(title)
     axes[0].legend(title="thinking", loc="lower left")
-    return _save(figure, folder / "study-sft-modes.png")
+    return save(figure, folder / "study-sft-modes.png")
 
 
 def router(report: Report, folder: Path) -> Path:
     """Router accuracy while Stage-SFT trains, and on held-out queries beside what the words alone give."""
-    figure, axes = _subplots(2, width=10)
+    figure, axes = subplots(2, width=10)
     for seed in report["seeds"]:
         curves = seed[report["pooling"]]["curves"]
         axes[0].plot(curves["step"], curves["router_accuracy"], color=COLOR["auto"], label=f"seed {seed['seed']}")
@@ -69,12 +69,12 @@ def router(report: Report, folder: Path) -> Path:
     _dots(axes[1], bars)
     axes[1].set_title("router accuracy on held-out queries")
     axes[1].axhline(0.98, color="black", linewidth=0.8, linestyle=":")
-    return _save(figure, folder / "study-sft-router.png")
+    return save(figure, folder / "study-sft-router.png")
 
 
 def pooling(report: Report, folder: Path) -> Path:
     """Mean against attention pooling: errors of the router, trained alone and within Stage-SFT."""
-    figure, axes = _subplots(1, width=5.5)
+    figure, axes = subplots(1, width=5.5)
     bars: dict[str, list[float]] = {}
     for name in ("mean", "attention"):
         alone = [1 - seed["router_alone"][name]["router_accuracy"] for seed in report["seeds"]]
@@ -82,7 +82,7 @@ def pooling(report: Report, folder: Path) -> Path:
         bars |= {f"{name}\nfrozen features": alone, f"{name}\nStage-SFT": trained}
     _dots(axes[0], bars)
     axes[0].set_title("router errors on held-out queries (share)")
-    return _save(figure, folder / "study-sft-pooling.png")
+    return save(figure, folder / "study-sft-pooling.png")
 
 
 def _dots(axes: "Axes", bars: dict[str, list[float]]) -> None:
@@ -101,7 +101,8 @@ def _tokens(group: Report) -> tuple[float, float, float]:
     return (group["mean_tokens"],) * 3
 
 
-def _subplots(columns: int, *, width: float):
+def subplots(columns: int, *, width: float):
+    """A figure with `columns` panels side by side, and the panels."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, columns, figsize=(width, 3.6), squeeze=False, layout="constrained")
@@ -110,7 +111,8 @@ def _subplots(columns: int, *, width: float):
     return figure, axes[0]
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
+    """Write a figure and close it."""
     from matplotlib import pyplot
 
     figure.savefig(path, dpi=110, metadata={"Software": None})

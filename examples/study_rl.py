@@ -1,0 +1,210 @@
+"""The pico study of Stage-RL and of RISE: `make study-rl` runs it, and then the study of HDPO (CPU, two processes).
+
+GRPO with verified rewards begins with dense models taught as in the study of Stage-SFT (whose data, vision tower and
+folder are shared) but stopped earlier, which leaves something to learn; three seeds. A control whose reward is a coin must
+not get better. Judged on held-out greedy answers, never on the training
+reward. Then `metis-home rise`, killed once in the middle of Stage-RL and started again. Every stage is done once:
+started again, the study goes on where it stopped.
+
+    python examples/study_rl.py [--out DIR] [--workers 2] [--tiny]
+
+Exit status 1 if a goal is missed.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import study_sft
+from pico.families import write_part
+from pico.rl import RLSettings, judge_control, judge_rl, measure, train_grpo
+from pico.rl_rise import RiseSettings, run_pipeline, write_rise_data
+from pico.sft import image_hashes, read
+from pico.stages import Json, Study
+from study_sft import ROOT, dense_stage, environment, one_thread, prepare
+
+logger = logging.getLogger("study")
+RISE_SEED = 0
+
+
+def main() -> int:
+    """Run the study; 0 if every goal is met."""
+    parser = argparse.ArgumentParser(description="Stage-RL and RISE on pico models: does verified reward teach?")
+    parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "study-sft", metavar="DIR", help="working folder")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/study-rl.json", metavar="FILE")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs/images", metavar="DIR", help="where plots go")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
+    parser.add_argument("--tiny", action="store_true", help="a few steps: tries the machinery, meets no goal")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    one_thread()
+    plan = tiny_plan() if arguments.tiny else Plan()
+
+    data = prepare_rl(Study(arguments.out), plan)
+    jobs = [(arguments.out, plan, seed, False) for seed in plan.base.seeds]
+    jobs += [(arguments.out, plan, seed, True) for seed in plan.control_seeds]
+    if arguments.workers == 1:
+        runs = [run_seed(*job) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(arguments.workers, initializer=one_thread) as pool:
+            runs = pool.starmap(run_seed, jobs, chunksize=1)
+    seeds, controls = runs[: len(plan.base.seeds)], runs[len(plan.base.seeds) :]
+    report = conclude(plan, data, seeds, controls, run_rise(arguments.out, plan))
+    report["seconds"] = time.perf_counter() - started
+    report["environment"] = environment(arguments.workers)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    from pico.rl_figures import draw
+
+    draw(report, arguments.images)
+    print_report(report)
+    return 0 if report["passed"] else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The sizes of the study; `base` is what it shares with the study of Stage-SFT. All numbers are ours."""
+
+    base: study_sft.Plan = field(default_factory=study_sft.Plan)
+    rl: RLSettings = field(default_factory=RLSettings)
+    dense_steps: int = 400
+    """Steps of the dense models that Stage-RL begins with; those of the study of Stage-SFT make 1000."""
+    rise: RiseSettings = field(default_factory=RiseSettings)
+    control_seeds: tuple[int, ...] = (0,)
+
+
+def tiny_plan() -> Plan:
+    """Everything once, with hardly any training."""
+    rl = RLSettings(
+        prompts=8, steps=2, prompts_per_step=2, generations=2, max_new_tokens=6, samples=2, sampled_prompts=2
+    )
+    rise = RiseSettings(
+        prompts=6,
+        non_thinking=6,
+        held_out=4,
+        overrides=(
+            *("rl.training.max_steps=3", "rl.training.save_steps=1", "rl.training.prompts_per_step=2"),
+            *("rl.training.num_generations=2", "rl.training.max_completion_tokens=6", "pass_rates.max_new_tokens=6"),
+            *("pass_rates.samples=2", "sft.training.max_steps=2", "evaluate.max_new_tokens=6"),
+        ),
+    )
+    return Plan(base=study_sft.tiny_plan(), rl=rl, rise=rise, dense_steps=3)
+
+
+def prepare_rl(study: Study, plan: Plan) -> Json:
+    """What all seeds share: the data of the study of Stage-SFT, and fresh prompts."""
+    prepare(study, plan.base)
+
+    def prompts(folder: Path) -> Json:
+        write_part(folder, "rl", plan.rl.prompts)
+        fresh = image_hashes(folder, "rl")
+        seen = {part: len(fresh & image_hashes(study.directory("data"), part)) for part in ("test", "templates")}
+        return {"held_out_images_among_prompts": seen}
+
+    return study.stage("rl-data", prompts, settings=plan.rl.prompts, after=("data",))
+
+
+def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
+    """The dense model of a seed before and after Stage-RL, or after its control."""
+    study = Study(out)
+    prepare_rl(study, plan)
+    dense = start_stage(study, plan, seed)
+    name = f"rl-control-{seed}" if is_control else f"rl-{seed}"
+
+    def train_it(folder: Path) -> Json:
+        records = read(study.directory("rl-data"), "rl")
+        return train_grpo(study.directory(dense), folder, records, plan.rl, seed=seed, is_control=is_control)
+
+    curves = study.stage(name, train_it, settings=[asdict(plan.rl), seed], after=(dense, "rl-data"))
+    before, after = (measure_stage(study, plan, model, seed) for model in (dense, name))
+    return {"seed": seed, "before": before, "after": after, "curves": curves}
+
+
+def start_stage(study: Study, plan: Plan, seed: int) -> str:
+    """Train the dense model that Stage-RL begins with; return the stage's name."""
+    dense_stage(study, replace(plan.base.dense, steps=plan.dense_steps), seed, name="rl-start")
+    return f"rl-start-{seed}"
+
+
+def measure_stage(study: Study, plan: Plan, model: str, seed: int) -> Json:
+    """Greedy and sampled answers of a stage's model to the held-out queries."""
+
+    def measure_it(folder: Path) -> Json:
+        test = read(study.directory("data"), "test")
+        return measure(study.directory(model), folder, test, plan.rl, seed=seed)
+
+    settings = [plan.rl.max_new_tokens, plan.rl.samples, plan.rl.sampled_prompts, seed]
+    return study.stage(f"{model}-measured", measure_it, settings=settings, after=(model, "data"))
+
+
+def run_rise(out: Path, plan: Plan) -> Json:
+    """All of `metis-home rise`, begun with the dense model of one seed."""
+    study = Study(out)
+    prepare_rl(study, plan)
+    dense = start_stage(study, plan, RISE_SEED)
+
+    def rows(folder: Path) -> Json:
+        return write_rise_data(folder, study.directory("rl-data"), study.directory("data"), plan.rise)
+
+    def pipeline(folder: Path) -> Json:
+        return run_pipeline(folder, study.directory(dense), study.directory("rise-data"), plan.rise)
+
+    counts = study.stage("rise-data", rows, settings=plan.rise, after=("rl-data", "data"))
+    return {
+        "data": counts,
+        **study.stage("rise", pipeline, settings=plan.rise, after=("rise-data", dense)),
+    }
+
+
+def conclude(plan: Plan, data: Json, seeds: list[Json], controls: list[Json], rise: Json) -> Json:
+    """The goals, seed by seed, and the controls, which must not rise."""
+    for run in seeds:
+        run["goals"] = [asdict(goal) for goal in judge_rl(run["before"], run["after"])]
+    for run in controls:
+        run["goals"] = [asdict(goal) for goal in judge_control(run["before"], run["after"])]
+    for run in [*seeds, *controls]:
+        for measured in (run["before"], run["after"]):
+            measured.pop("right", None)
+    met = all(goal["met"] for run in [*seeds, *controls] for goal in run["goals"])
+    return {
+        "passed": met and rise["resumed"] and rise["finished"],
+        "plan": asdict(plan),
+        "data": data,
+        "seeds": seeds,
+        "controls": controls,
+        "rise": rise,
+        "cpu_seconds": {
+            "grpo": sum(run["curves"]["cpu_seconds"] for run in seeds),
+            "controls": sum(run["curves"]["cpu_seconds"] for run in controls),
+            "rise": rise["cpu_seconds_of_commands"],
+        },
+    }
+
+
+def print_report(report: Json) -> None:
+    """The goals, on stdout."""
+    for kind, runs in (("seed", report["seeds"]), ("control", report["controls"])):
+        for run in runs:
+            for goal in run["goals"]:
+                verdict = "met" if goal["met"] else "MISSED"
+                print(f"{kind} {run['seed']}  {goal['name']:40} {goal['found']:8.4f}  {goal['wanted']:22} {verdict}")
+    rise = report["rise"]
+    print(f"rise: killed in Stage-RL and gone on from its checkpoint: {rise['resumed']}; finished: {rise['finished']}")
+    for mode, group in rise["summary"]["modes"].items():
+        print(f"rise, thinking {mode:4}: accuracy {group['accuracy']['value']:.3f}, {group['mean_tokens']:.1f} tokens")
+    print(f"all goals: {'met' if report['passed'] else 'MISSED'} ({report['seconds']:.0f} s)")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    sys.exit(main())
