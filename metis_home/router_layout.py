@@ -15,7 +15,8 @@ from typing import Literal
 Pooling = Literal["mean", "attention"]
 POOLINGS: tuple[str, ...] = ("mean", "attention")
 DEFAULT_ROUTER_HIDDEN_SIZE = 256  # ours: 0.9 M parameters at 7B
-DEFAULT_POOLING: Pooling = "mean"
+# Decided by `make study`: equal to mean pooling when all parts train, better when the router is trained alone.
+DEFAULT_POOLING: Pooling = "attention"
 
 
 @dataclass(frozen=True, slots=True)

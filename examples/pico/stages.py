@@ -69,3 +69,8 @@ class Study:
     def directory(self, name: str) -> Path:
         """Where the files of a stage are."""
         return self.folder / name
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all stages that are done, whichever run did them."""
+        results = [json.loads(record.read_text())["result"] for record in self.folder.glob("*.json")]
+        return sum(float(result.get("cpu_seconds", 0.0)) for result in results)
