@@ -58,3 +58,15 @@ CASES = {
     "bf16": Case("IINNIINN", {"bf16": True, "use_cpu": True, "freeze": ["vision"]}),
     "router_only": Case("IINNIINN", {"train_only": ["router"]}),
 }
+
+_BASIC = ["apart", "mixed", "empty", "packed", "frozen"]
+_MORE = [*_BASIC, "swapped", "text_only", "router_and_head"]
+# Compared with one process; the router alone runs no decoder, and refuses engines that shard one.
+COMPARED = [*_MORE, "router_only"]
+# What an engine's two processes do: "cycle" saves, resumes and evaluates; the last two are Stage-RL (`rl_worker.py`).
+CASES_OF = {
+    "ddp": [*_MORE, "router_only", "cycle", "scripted", "sampled"],
+    "fsdp2": [*_MORE, "bf16", "cycle", "scripted", "sampled"],
+    "zero2": [*_BASIC, "bf16", "cycle", "scripted", "sampled"],
+    "zero3": [*_MORE, "bf16", "cycle", "scripted", "sampled"],
+}

@@ -1,13 +1,11 @@
-"""What each process of the distributed RL tests does.
+"""Stage-RL in each process of the distributed tests.
 
 `scripted` trains on rollouts that follow from the prompt alone, so one process and two see the same ones; rank 0's
 prompts have images and are answered by the thinking branch, rank 1's have none and are answered by the other.
 `sampled` generates with the model itself, with lengths, refills and rounds that differ among ranks.
 """
 
-import os
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -130,20 +128,3 @@ def train(what: str, engine: str, model_dir: str, out: Path, world: int) -> dict
         "weights": full_weights(trainer),
         "identity": engines.identity(trainer),
     }
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    engine, model_dir, out = sys.argv[1:]
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    results = {}
-    for what in ("scripted", "sampled"):
-        print(f"rank {rank}: {what}", flush=True)
-        results[what] = train(what, engine, model_dir, Path(out) / what, world)
-    torch.save(results, Path(out) / f"rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -18,12 +18,11 @@ def train(engine: str, model_dir: str, out: Path, thinking: str, non_thinking: s
     engines.prepare_state(engine)
     args = MetisRLConfig(
         output_dir=str(out),
-        use_cpu=True,
         engine="server",
         server_urls=[thinking],
         server_urls_non_thinking=[non_thinking],
         thinking="sample",
-        train_only=["thinking_branch", "router"],
+        freeze=["norms"],
         num_generations=2,
         prompts_per_step=4,
         max_completion_tokens=6,
@@ -39,7 +38,7 @@ def train(engine: str, model_dir: str, out: Path, thinking: str, non_thinking: s
         disable_tqdm=True,
         seed=7,
         watchdog_seconds=120,
-        **engines.settings(engine),
+        **{"use_cpu": True, **engines.settings(engine)},
     )
     model = MetisHomeForConditionalGeneration.from_pretrained(model_dir)
     trainer = MetisRLTrainer(model, args, [many_letters], records(), processor())

@@ -9,7 +9,6 @@ nothing but rounding (keys' biases), weights differ by a share of the learning r
 """
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,20 +17,10 @@ from metis_home import MetisHomeConfig, MetisHomeForConditionalGeneration
 from metis_home.training.estimate import MemorySettings, estimate_memory
 from metis_home.training.freezing import trainable_sets
 from tests.training.distributed import engines
-from tests.training.distributed.cases import CASES
-from tests.training.distributed.launch import launch
+from tests.training.distributed.cases import CASES, CASES_OF, COMPARED
 from tests.training.distributed.worker import train_case, train_cycle
 
-WORKER = "tests.training.distributed.worker"
-# The router alone runs no decoder, and refuses engines that shard one.
-COMPARED = ["apart", "mixed", "empty", "packed", "frozen"]
-CASES_OF = {
-    "ddp": [*COMPARED, "swapped", "text_only", "router_and_head", "router_only"],
-    "fsdp2": [*COMPARED, "swapped", "text_only", "router_and_head"],
-    "zero2": COMPARED,
-    "zero3": [*COMPARED, "swapped", "text_only", "router_and_head"],
-}
-EVERY_CASE = [(engine, name) for engine in engines.ENGINES for name in CASES_OF[engine]]
+EVERY_CASE = [(engine, name) for engine in engines.ENGINES for name in CASES_OF[engine] if name in COMPARED]
 MEASURED = [
     ("ddp", "apart"),
     *((engine, name) for engine in ("fsdp2", "zero2", "zero3") for name in ("frozen", "bf16")),
@@ -44,35 +33,6 @@ IDENTITY = {
     "zero3": {"distributed_type": "DEEPSPEED", "class": "DeepSpeedEngine", "stage": 3},
 }
 WEIGHT_ATOL = 1e-5
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    from tests.training.sft.small import processor, small_model
-
-    path = tmp_path_factory.mktemp("model")
-    small_model().save_pretrained(path)
-    processor().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def two_processes(model_dir, tmp_path_factory):
-    """{case: what rank 0 and rank 1 found} of an engine, in one launch."""
-
-    @cache
-    def results(engine: str) -> dict[str, tuple[dict, dict]]:
-        if engine.startswith("zero"):
-            pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'metis_home[train]'")
-        out = tmp_path_factory.mktemp(engine)
-        measured = [name for own, name in MEASURED if own == engine and name not in CASES_OF[engine]]
-        run = launch(WORKER, engine, str(model_dir), str(out), *CASES_OF[engine], *measured, "cycle", seconds=300)
-        assert run.code == 0, run.output[-6000:]
-        assert not run.timed_out
-        ranks = [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
-        return {name: (ranks[0][name], ranks[1][name]) for name in ranks[0]} | {"out": (out, out)}
-
-    return results
 
 
 @pytest.fixture(scope="module")

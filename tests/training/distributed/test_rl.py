@@ -3,42 +3,12 @@
 Tolerances as in test_engines.py.
 """
 
-from functools import cache
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.training.distributed import engines
-from tests.training.distributed.launch import launch
 from tests.training.distributed.rl_worker import train
 from tests.training.distributed.test_engines import IDENTITY, assert_tensors_equal
-from tests.training.sft.small import processor, small_model
-
-WORKER = "tests.training.distributed.rl_worker"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    small_model().save_pretrained(path)
-    processor().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def two_processes(model_dir, tmp_path_factory):
-    @cache
-    def results(engine: str) -> dict[str, tuple[dict, dict]]:
-        if engine.startswith("zero"):
-            pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'metis_home[train]'")
-        out = tmp_path_factory.mktemp(engine)
-        run = launch(WORKER, engine, str(model_dir), str(out), seconds=240)
-        assert run.code == 0, run.output[-6000:]
-        ranks = [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
-        return {name: (ranks[0][name], ranks[1][name]) for name in ranks[0]}
-
-    return results
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,8 @@ def train_cycle(engine: str, model_dir: str, out: Path, world: int) -> dict:
 
 
 def main() -> None:
+    from tests.training.distributed import rl_worker
+
     torch.set_num_threads(1)
     engine, model_dir, out, *cases = sys.argv[1:]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -189,6 +191,8 @@ def main() -> None:
         print(f"rank {rank}: {name}", flush=True)
         if name == "cycle":
             results[name] = train_cycle(engine, model_dir, Path(out) / name, world)
+        elif name in ("scripted", "sampled"):
+            results[name] = rl_worker.train(name, engine, model_dir, Path(out) / name, world)
         else:
             results[name] = train_case(CASES[name], engine, model_dir, Path(out) / name, world, watchdog_seconds=60)
     torch.save(results, Path(out) / f"rank{rank}.pt")
