@@ -12,6 +12,7 @@ Shapes: H heads, T tokens, D size of a head.
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def use_packed_attention(model: nn.Module, batch: Mapping[str, object]) -> None:
 
     Does nothing for models whose attention is not sdpa: flash attention reads the segments' bounds itself.
     """
-    config = model.config.text_config  # type: ignore[union-attr]
+    config = cast(Any, model).config.text_config
     if config._attn_implementation not in ("sdpa", PACKED):
         return
     wanted = PACKED if batch.get(_BOUNDS) is not None else "sdpa"

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from metis_home.errors import RecipeError
 
@@ -156,7 +156,8 @@ def _save(trainer: "Trainer", *, adapter: bool) -> None:
 
     trainer.save_model(str(output_dir / "adapter"))
     if trainer.is_world_process_zero():
-        merge_branch_lora(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(output_dir)
+        merged = cast(Any, merge_branch_lora(trainer.accelerator.unwrap_model(trainer.model)))
+        merged.save_pretrained(output_dir)
         trainer.processing_class.save_pretrained(output_dir)
 
 

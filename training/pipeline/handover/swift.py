@@ -9,7 +9,7 @@ from metis_home.errors import RecipeError
 from ...data.records import write_rows
 from .settings import RLSettings, script_head
 
-_LOSSES = {"token_mean": "bnpo", "dapo": "dapo", "sequence_mean": "grpo", "dr_grpo": "dr_grpo"}
+_LOSSES = {"token_mean": "dapo", "dapo": "dapo", "sequence_mean": "grpo", "dr_grpo": "dr_grpo"}
 _COLUMNS = ("solution", "kind", "options", "tolerance", "source", "id")
 _ORMS = {"accuracy_reward": ("metis_accuracy", "MetisAccuracyORM"), "format_reward": ("metis_format", "MetisFormatORM")}
 
