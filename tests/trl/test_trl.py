@@ -128,6 +128,7 @@ def test_trl_computes_our_rewards(trained: Path) -> None:
 
     assert len(table) == 16
     for row in table:
+        assert set(row["completion"][-1]) == {"role", "content"}  # not taken apart before it is judged
         text = _text(row["completion"])
         gold = next((gold for question, gold in golds.items() if question in str(row["prompt"])), "2")
         expected = [

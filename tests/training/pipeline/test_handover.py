@@ -153,6 +153,7 @@ def test_swift_gets_rows_a_plugin_and_a_script(records, tmp_path: Path) -> None:
     words = script_settings(made.folder / "train.sh")
     flags = {word: words[place + 1] for place, word in enumerate(words) if word.startswith("--")}
     assert (flags["--epsilon"], flags["--epsilon_high"], flags["--num_generations"]) == ("0.2", "0.3", "4")
+    assert flags["--loss_type"] == "grpo"
     start = words.index("--reward_funcs")
     assert words[start + 1 : start + 3] == ["metis_accuracy", "metis_format"]
     assert 'orms["metis_accuracy"] = MetisAccuracyORM' in (made.folder / "plugin.py").read_text()
