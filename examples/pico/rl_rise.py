@@ -36,6 +36,7 @@ def write_rise_data(folder: Path, prompts: Path, families: Path, settings: RiseS
 
     The expert is exact: it answers with the families' own derivations. `build-sft` verifies it all the same.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     reasoning = _rows(prompts / "rl.jsonl", folder, "reasoning")[: settings.prompts]
     direct = _rows(families / "sft.jsonl", folder, "direct")[: settings.non_thinking]
     held_out = [
