@@ -98,6 +98,9 @@ fuzz: $(READY)  ## the safetensors header reader against mutated files, FUZZ_SEC
 test-vllm: $(READY)  ## split branches in a real vLLM engine (CPU; its environment is made once, 3.5 GB)
 	tests/vllm/run.sh $(VLLM_VENV) $(PY)
 
+test-trl: $(READY)  ## the hand-over in a real TRL, and TRL's losses against ours (its environment is made once)
+	tests/trl/run.sh $(VENV)-trl $(PY)
+
 test-adapters: $(READY)  ## lmms-eval and VLMEvalKit with our model, the real packages (environments made once, 1.5 GB)
 	tests/adapters/run.sh $(VENV)-adapters $(PY)
 

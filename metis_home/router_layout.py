@@ -15,8 +15,7 @@ from typing import Literal
 Pooling = Literal["mean", "attention"]
 POOLINGS: tuple[str, ...] = ("mean", "attention")
 DEFAULT_ROUTER_HIDDEN_SIZE = 256  # ours: 0.9 M parameters at 7B
-# Decided by `make study`: equal to mean pooling when all parts train, better when the router is trained alone.
-DEFAULT_POOLING: Pooling = "attention"
+DEFAULT_POOLING: Pooling = "mean"  # decided by `make study`, see docs/decisions/0006
 
 
 @dataclass(frozen=True, slots=True)
