@@ -65,11 +65,21 @@ def _whole_fsdp2(model: nn.Module) -> Iterator[None]:
         for unit, is_on in zip(units, reshards, strict=True):
             unit.set_reshard_after_forward(is_on, recurse=False)
             unit.reshard()
+            # Backward gathers ahead what ran before in the recorded order. What ran here differs among ranks (images,
+            # lengths): with it at the end of the order, ranks would gather different units at the same time.
+            for group in _groups(unit):
+                group.comm_ctx.post_forward_order.clear()
+                group._post_forward_indices.clear()
 
 
 def _reshards_after_forward(unit: Any) -> bool:
+    return any(group.post_forward_mesh_info is not None for group in _groups(unit))
+
+
+def _groups(unit: Any) -> list[Any]:
+    """The parameter groups of one unit; none where all its parameters belong to inner units."""
     state = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch < 2.13
         groups = [state._fsdp_param_group]
-    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
+    return [group for group in groups if group is not None]
