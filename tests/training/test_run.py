@@ -109,7 +109,7 @@ def test_nothing_is_overwritten_unasked_and_resume_needs_a_checkpoint(home: Path
     out = tmp_path / "out"
     out.mkdir()
     chosen = recipe("home_sft.yaml", home, rows, out, "training.gradient_accumulation_steps=1")
-    with pytest.raises(RecipeError, match="no checkpoint to resume from"):
+    with pytest.raises(RecipeError, match="no complete checkpoint to resume from"):
         run_recipe(chosen, resume=True)
     (out / "precious.txt").write_text("mine")
     with pytest.raises(RecipeError, match="already holds files"):
