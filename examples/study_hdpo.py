@@ -197,7 +197,9 @@ def judge(run: Json, plan: Plan) -> list[Json]:
     """The goal, for one seed: at most half the calls per right answer, at equal or better accuracy."""
     without, with_tool = (run["arms"][f"{w_tool:g}"]["test"] for w_tool in plan.w_tools)
     calls = without["calls_per_right_answer"]
-    ratio = with_tool["calls_per_right_answer"] / calls if calls and with_tool["accuracy_all"] else 1.0  # nothing to halve
+    ratio = (
+        with_tool["calls_per_right_answer"] / calls if calls and with_tool["accuracy_all"] else 1.0
+    )  # nothing to halve
     gain = with_tool["accuracy_all"] - without["accuracy_all"]
     return [
         {
