@@ -18,6 +18,8 @@ from metis_home.training.rollouts.positions import rope_index_of
 from metis_home.training.rollouts.types import Rollout, check_rollouts
 from metis_home.training.tools.environment import ConversationLimits
 from metis_home.training.tools.protocol import ToolResult, parse_calls
+from metis_home.training.tools.registry import make_tools
+from metis_home.training.tools.sandbox import sandbox_available
 from tests.training.rollouts.pico_tools import CALL_A, END, Echo, caller, engine, prompts, sampling, tool_processor
 
 PROCESSOR = tool_processor()
@@ -300,3 +302,25 @@ def test_tools_see_the_images_of_the_question_and_their_own_trajectory_only() ->
     assert all(sorted(files) == [f"f{n}" for n in range(len(files))] for _, files in seen)
     assert sum(not files for _, files in seen) == sum(rollout.tool_calls > 0 for rollout in flat(groups))
     assert any(files for _, files in seen)
+
+
+def test_programs_of_the_policy_run_in_the_sandbox_and_their_images_come_back() -> None:
+    is_usable, reason = sandbox_available()
+    if not is_usable:
+        pytest.skip(f"no sandbox can be made here: {reason}")
+    [python] = make_tools(["python"])
+
+    class Programs(Echo):
+        def run(self, arguments, context):
+            code = f"from PIL import Image\nprint({str(arguments['text'])!r} * 3)\nImage.new('RGB', (56, 56)).save('a.png')"
+            return python.run({"code": code}, context)
+
+    groups, _, built = roll(tool=Programs(), generations=2, count=2)
+
+    called = [rollout for rollout in flat(groups) if rollout.tool_calls]
+    assert called
+    for rollout in called:
+        assert rollout.observation_grid_thw is not None
+        observation = next(message for message in rollout.messages if message["role"] == "user")
+        assert any(f"{word * 3}\n" in str(block.get("text")) for word in "ab" for block in observation["content"])
+    assert built.take_metrics()["tools/seconds"] > 0.01
