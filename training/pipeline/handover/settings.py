@@ -72,7 +72,7 @@ def settings_of(recipe: Recipe) -> RLSettings:
     if recipe.stage != "rl":
         raise RecipeError(f"only Stage-RL can be handed over; this recipe is stage {recipe.stage}.")
     defaults = {
-        entry.name: entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[misc,operator]
+        entry.name: entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[operator]
         for entry in fields(recipe.config_class())
         if entry.default is not MISSING or entry.default_factory is not MISSING
     }
