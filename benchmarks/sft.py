@@ -11,7 +11,7 @@ machine disturbs all alike; the reported figure is the median of the rounds' rat
 
 Everything trains: both branches have gradients and optimizer state also where a batch uses only one of them. The length
 mix of the packing case is ours: half direct answers (a few words), half thoughts whose lengths are log-normal with a
-median of 250 tokens, as reasoning data has them.
+median of 250 tokens, as reasoning data has them; prompts of about 150 tokens, half of them with an image.
 """
 
 import argparse
@@ -40,7 +40,13 @@ TEXT = {
 VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 384}
 ROWS, ROW_TOKENS, IMAGE_PIXELS = 4, 512, 112
 PACK_ROWS, PACK_LIMIT = 8, 1600
+QUESTION = "What follows from the figure? Answer with a number. " * 2  # every byte is a token
 GOALS = {"one branch, time": 1.05, "mixed, time": 1.10, "packing, tokens per second": 1.5}
+CASES = {
+    "one branch, time": ("one_branch", "dense"),
+    "mixed, time": ("mixed", "dense"),
+    "packing, tokens per second": ("packed", "padded"),
+}
 VARIANTS = ("dense", "one_branch", "mixed", "padded", "packed")
 
 
@@ -54,66 +60,56 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker)
         return
-    seconds, tokens, memory = take_turns(arguments.rounds)
-    report = summarise(seconds, tokens, memory, arguments.rounds)
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "HF_HUB_OFFLINE": "1"}
+    commands = {variant: [sys.executable, __file__, "--worker", variant] for variant in VARIANTS}
+    report = summarise(turns.take_turns(commands, arguments.rounds, environment), arguments.rounds)
     for row in report["rows"]:
         spread = f"(p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f})"
-        print(f"{row['case']:28} {row['ratio']:.3f}  {spread}  goal {row['goal']}")
-    for variant in VARIANTS:
-        print(
-            f"{variant:12} {statistics.median(seconds[variant]):.3f} s a step, peak {memory[variant] / 2**20:.0f} MiB"
-        )
+        processor = f"processor time {row['processor_time_ratio']:.3f}"
+        print(f"{row['case']:28} {row['ratio']:.3f} {spread}, {processor}, goal {row['goal']}")
+    for variant, found in report["variants"].items():
+        print(f"{variant:12} {found['seconds']:.3f} s a step, peak {found['peak_bytes'] / 2**20:.0f} MiB")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def take_turns(rounds: int) -> tuple[dict[str, list[float]], dict[str, list[int]], dict[str, int]]:
-    """One step of each variant per round; the first round is discarded."""
-    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "HF_HUB_OFFLINE": "1"}
-    commands = {variant: [sys.executable, __file__, "--worker", variant] for variant in VARIANTS}
-    steps = turns.take_turns(commands, rounds, environment)
-    seconds = {variant: [step["seconds"] for step in steps[variant]] for variant in VARIANTS}
-    tokens = {variant: [int(step["tokens"]) for step in steps[variant]] for variant in VARIANTS}
-    memory = {variant: int(steps[variant][-1]["peak_bytes"]) for variant in VARIANTS}
-    return seconds, tokens, memory
+def summarise(steps: dict[str, list[dict[str, float]]], rounds: int) -> dict[str, object]:
+    """Ratios per round, their median and spread, in wall time and in processor time."""
 
+    def ratios(case: str, clock: str) -> list[float]:
+        variant, other = CASES[case]
+        if variant != "packed":
+            return [a[clock] / b[clock] for a, b in zip(steps[variant], steps[other], strict=True)]
+        rate = {name: [step["tokens"] / step[clock] for step in steps[name]] for name in (variant, other)}
+        return [a / b for a, b in zip(rate[variant], rate[other], strict=True)]
 
-def summarise(
-    seconds: dict[str, list[float]], tokens: dict[str, list[int]], memory: dict[str, int], rounds: int
-) -> dict[str, object]:
-    """Ratios per round, their median and spread."""
-
-    def row(case: str, ratios: list[float], peak: float | None) -> dict[str, object]:
-        ratios = sorted(ratios)
-        low, high = ratios[int(0.2 * len(ratios))], ratios[min(len(ratios) - 1, int(0.8 * len(ratios)))]
+    def row(case: str) -> dict[str, object]:
+        wall, processor = sorted(ratios(case, "seconds")), sorted(ratios(case, "cpu_seconds"))
+        variant, other = CASES[case]
         return {
             "case": case,
-            "ratio": statistics.median(ratios),
-            "ratio_p20": low,
-            "ratio_p80": high,
+            "ratio": statistics.median(wall),
+            "ratio_p20": wall[int(0.2 * len(wall))],
+            "ratio_p80": wall[min(len(wall) - 1, int(0.8 * len(wall)))],
+            "processor_time_ratio": statistics.median(processor),
             "goal": GOALS[case],
-            "peak_memory_ratio": peak,
+            "peak_memory_ratio": steps[variant][-1]["peak_bytes"] / steps[other][-1]["peak_bytes"],
         }
 
-    def against_dense(variant: str) -> list[float]:
-        return [ours / dense for ours, dense in zip(seconds[variant], seconds["dense"], strict=True)]
-
-    # Which rows meet in a batch differs, so tokens per second of the whole run is compared, round by round cumulated.
-    rates = {name: [n / s for n, s in zip(tokens[name], seconds[name], strict=True)] for name in ("padded", "packed")}
-    packing = [packed / padded for packed, padded in zip(rates["packed"], rates["padded"], strict=True)]
-    overall = {name: sum(tokens[name]) / sum(seconds[name]) for name in ("padded", "packed")}
     return {
         "machine": turns.machine(),
         "settings": {**TEXT, "rows": ROWS, "row_tokens": ROW_TOKENS, "image_pixels": IMAGE_PIXELS, "rounds": rounds},
-        "rows": [
-            row("one branch, time", against_dense("one_branch"), memory["one_branch"] / memory["dense"]),
-            row("mixed, time", against_dense("mixed"), memory["mixed"] / memory["dense"]),
-            row("packing, tokens per second", packing, memory["packed"] / memory["padded"]),
-        ],
-        "tokens_per_second": overall,
-        "packing_over_the_whole_run": overall["packed"] / overall["padded"],
-        "seconds": {variant: statistics.median(values) for variant, values in seconds.items()},
-        "peak_bytes": memory,
+        "rows": [row(case) for case in CASES],
+        "variants": {
+            variant: {
+                "seconds": statistics.median(step["seconds"] for step in steps[variant]),
+                "cpu_seconds": statistics.median(step["cpu_seconds"] for step in steps[variant]),
+                "tokens_per_second": sum(step["tokens"] for step in steps[variant])
+                / sum(step["seconds"] for step in steps[variant]),
+                "peak_bytes": steps[variant][-1]["peak_bytes"],
+            }
+            for variant in VARIANTS
+        },
     }
 
 
@@ -164,7 +160,7 @@ def work(variant: str) -> None:
             "dataloader_pin_memory": False,
         }
         if variant == "dense":
-            dataset = RecordDataset(records, Encoder(processor), cache_gib=2.0)
+            dataset = RecordDataset(records, Encoder(processor, system_prompt=None), cache_gib=2.0)
             trainer = Trainer(
                 dense,
                 TrainingArguments(**settings, remove_unused_columns=False),
@@ -175,7 +171,7 @@ def work(variant: str) -> None:
                 callbacks=[turn],
             )
         else:
-            config = MetisSFTConfig(**settings, packing=variant == "packed", plots=False)
+            config = MetisSFTConfig(**settings, packing=variant == "packed", plots=False, system_prompt=None)
             trainer = MetisSFTTrainer(
                 two_branch, config, train_dataset=records, processing_class=processor, callbacks=[turn]
             )
@@ -225,7 +221,7 @@ def rows(variant: str) -> list[dict[str, object]]:
         text = "".join(draw.choice("abcdefgh ") for _ in range(length))
         made.append(
             {
-                "prompt": f"Question {index:04d}?",
+                "prompt": f"Question {index:04d}? " + QUESTION,
                 **({"image": image} if index % 4 < 2 else {}),
                 "reasoning": text if thinking else "",
                 "answer": "4" if thinking or variant in ("padded", "packed") else text + "4",
