@@ -138,12 +138,19 @@ def work(variant: str) -> None:
 
     turn = turns.turn_callback(channel, describe)
 
-    def counting(collate, drop: tuple[str, ...] = ()):
-        def collated(examples):
-            counts.append(sum(len(example) for example in examples))
-            return {name: value for name, value in collate(examples).items() if name not in drop}
+    def without(collate, drop: tuple[str, ...]):
+        return lambda examples: {name: value for name, value in collate(examples).items() if name not in drop}
 
-        return collated
+    def count_tokens(trainer: Trainer) -> None:
+        """Count what each step trains on; batches are collated one step ahead, so not there."""
+        step = trainer.training_step
+
+        def counted(model, inputs, *arguments):
+            mask = inputs.get("attention_mask")
+            counts.append(inputs["input_ids"].numel() if mask is None else int(mask.sum()))
+            return step(model, inputs, *arguments)
+
+        trainer.training_step = counted
 
     with tempfile.TemporaryDirectory() as folder:
         records = load_records(rows(variant))
@@ -164,7 +171,7 @@ def work(variant: str) -> None:
             trainer = Trainer(
                 dense,
                 TrainingArguments(**settings, remove_unused_columns=False),
-                data_collator=counting(
+                data_collator=without(
                     PaddingCollator(processor.tokenizer.pad_token_id), ("router_labels", "record_index")
                 ),
                 train_dataset=dataset,
@@ -175,7 +182,7 @@ def work(variant: str) -> None:
             trainer = MetisSFTTrainer(
                 two_branch, config, train_dataset=records, processing_class=processor, callbacks=[turn]
             )
-            trainer.data_collator = counting(trainer.data_collator)
+        count_tokens(trainer)
         trainer.train()
 
 
