@@ -18,7 +18,7 @@ from metis_home.training.tools.sandbox import Sandbox, SandboxResult, describe_i
 
 MIB = 1 << 20
 LIMITS = SandboxLimits(
-    wall_seconds=5,
+    wall_seconds=10,
     cpu_seconds=2,
     process_bytes=512 * MIB,
     total_bytes=600 * MIB,
