@@ -17,8 +17,9 @@ from metis_home.training.rollouts.engine import RolloutEngine
 from metis_home.training.rollouts.positions import rope_index_of
 from metis_home.training.rollouts.types import Rollout, check_rollouts
 from metis_home.training.tools.environment import ConversationLimits
-from metis_home.training.tools.protocol import ToolResult, parse_calls
+from metis_home.training.tools.protocol import ToolContext, ToolResult, parse_calls
 from metis_home.training.tools.registry import make_tools
+from metis_home.training.tools.safe import SafeTool
 from metis_home.training.tools.sandbox import sandbox_available
 from tests.training.rollouts.pico_tools import CALL_A, END, Echo, caller, engine, prompts, sampling, tool_processor
 
@@ -153,7 +154,7 @@ def test_a_call_on_the_last_turn_is_not_executed() -> None:
 @pytest.mark.parametrize("limit", [40, 97, 150])
 def test_the_response_never_passes_its_limit_and_what_was_sampled_before_is_kept(limit: int) -> None:
     unlimited, _, _ = roll(generations=8)
-    groups, _, _ = roll(generations=8, max_new_tokens=limit)
+    groups, _, built = roll(generations=8, max_new_tokens=limit)
 
     lengths = [len(rollout.completion_ids) for rollout in flat(groups)]
     assert max(lengths) <= limit
@@ -164,6 +165,29 @@ def test_the_response_never_passes_its_limit_and_what_was_sampled_before_is_kept
         assert rollout.completion_ids.count(PROCESSOR.image_token_id) == (
             0 if rollout.observation_grid_thw is None else int(rollout.observation_grid_thw.prod(-1).sum()) // 4
         )
+    # a turn that was executed counts, also where its observation did not fit any more
+    assert sum(rollout.tool_calls for rollout in flat(groups)) == built.take_metrics()["tools/calls"] > 0
+
+
+def test_later_turns_are_cut_each_at_its_own_limit() -> None:
+    """The engine samples all of them up to the largest of their limits."""
+    unlimited, _, _ = roll(generations=8)
+    firsts = {
+        rollout.loss_mask.index(0): rollout.loss_mask.count(0) for rollout in flat(unlimited) if rollout.tool_calls
+    }
+    shortest = min(firsts[start] + start for start in firsts)
+    end = PROCESSOR.tokenizer.convert_tokens_to_ids(END)
+
+    groups, _, _ = roll(generations=32, max_new_tokens=shortest + 3)
+
+    second = [rollout for rollout in flat(groups) if 0 in rollout.loss_mask]
+    lefts = {shortest + 3 - rollout.loss_mask.count(0) - rollout.loss_mask.index(0) for rollout in second}
+    assert len(lefts) > 1
+    cut = [rollout for rollout in second if len(rollout.completion_ids) == shortest + 3 and not rollout.finished]
+    assert cut
+    for rollout in flat(groups):
+        assert len(rollout.completion_ids) == len(rollout.logprobs) <= shortest + 3
+        assert rollout.finished == (rollout.completion_ids[-1] == end)
 
 
 def test_a_branch_is_kept_over_all_turns() -> None:
@@ -267,6 +291,19 @@ def test_a_failing_tool_is_an_observation(how: str, words: str, caplog) -> None:
     if "image" not in how:
         assert built.take_metrics()["tools/failures"] == 1
     assert time.monotonic() - started < 20
+
+
+def test_a_call_that_comes_back_too_late_changes_nothing() -> None:
+    release, context = threading.Event(), ToolContext(files={"kept": b"1"})
+    tool = SafeTool(Broken(how="hang", wait=release), seconds=0.05)
+
+    result = tool.run({"text": "a"}, context)
+    release.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "tool echo"]:
+        thread.join(10)
+
+    assert (result.ok, result.error) == (False, "time")
+    assert context.files == {"kept": b"1"}
 
 
 def test_tools_run_at_the_same_time_but_no_more_than_allowed() -> None:
