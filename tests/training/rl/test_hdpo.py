@@ -274,6 +274,7 @@ def test_prompts_describe_the_tools_also_where_rows_have_a_system_message(tmp_pa
 
 
 def test_tools_of_the_settings_are_made_and_wrap_the_engine(tmp_path) -> None:
+    pytest.importorskip("bm25s", reason="the local index library bm25s is not installed")
     corpus = tmp_path / "facts.jsonl"
     corpus.write_text('{"text": "The sky is blue."}\n{"text": "Grass is green."}\n')
     settings = {"tools": [{"text_search": {"corpus": str(corpus)}}], "describe_tools": True, "max_tool_turns": 3}
