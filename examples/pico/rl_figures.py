@@ -1,5 +1,6 @@
 """The plots of the study of Stage-RL, drawn from its report alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,5 +84,7 @@ def rise(report: Report, folder: Path) -> Path:
     return save(figure, folder / "study-rl-rise.png")
 
 
-def _smooth(values: list[float], width: int = 5) -> list[float]:
-    return [sum(part) / len(part) for part in (values[max(0, end - width) : end] for end in range(1, len(values) + 1))]
+def _smooth(values: list[float | None], width: int = 5) -> list[float]:
+    """Mean over the last `width` steps that have a value; a step without prompts that teach has no entropy."""
+    parts = ([v for v in values[max(0, end - width) : end] if v is not None] for end in range(1, len(values) + 1))
+    return [sum(part) / len(part) if part else math.nan for part in parts]

@@ -20,6 +20,7 @@ from .. import collectives
 from ..checkpoints import newest_checkpoint
 from ..data.encode import Encoder
 from ..data.records import Record, load_records
+from ..distributed.leaf_inputs import require_leaf_gradients
 from ..distributed.watched import WatchedTrainer
 from ..distributed.whole import whole_parameters
 from ..nan_guard import NanGuard
@@ -101,6 +102,8 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             callbacks=list(callbacks or ()),
             optimizers=optimizers,
         )
+        if self.is_deepspeed_enabled:
+            require_leaf_gradients(model)
         used_tools = tools_of(args, tools)
         records, system_prompt = describe_tools(records, args.system_prompt, used_tools, args)
         encoder = Encoder(processing_class, system_prompt=system_prompt, max_length=args.max_prompt_tokens)

@@ -26,6 +26,7 @@ from ..data.collate import PackingCollator, PaddingCollator
 from ..data.encode import Encoder
 from ..data.formats import build_response
 from ..data.records import Record
+from ..distributed.leaf_inputs import require_leaf_gradients
 from ..distributed.watched import WatchedTrainer
 from ..freezing import freeze_parameters, set_of, trainable_sets
 from ..nan_guard import NanGuard
@@ -145,7 +146,9 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
                 f"{self.args.n_gpu} GPUs and one process: start one process per GPU, for example "
                 "`torchrun --nproc-per-node 8 -m metis_home.cli train ...` or `accelerate launch ...`."
             )
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self.is_deepspeed_enabled:
+            require_leaf_gradients(base)
+        elif not self.is_fsdp_enabled:
             warn_of_coarse_weights(trained)
         # `compute_loss` normalises over the whole step: Trainer must not divide by the accumulation once more.
         self.model_accepts_loss_kwargs = True

@@ -53,6 +53,8 @@ CASES = {
     # No image anywhere: the tower still takes part.
     "text_only": Case("TNNTNTTN"),
     "frozen": Case("IINNIINN", {"freeze": ["vision", "non_thinking_branch"]}),
+    # Nothing before the first layer's FFN trains.
+    "one_branch": Case("IINNIINN", {"train_only": ["thinking_branch", "router"]}),
     "router_and_head": Case("IINNIINN", {"train_only": ["router", "lm_head"]}),
     # Only measured: weights in bfloat16 under DeepSpeed, float32 with bfloat16 compute under FSDP2.
     "bf16": Case("IINNIINN", {"bf16": True, "use_cpu": True, "freeze": ["vision"]}),
@@ -60,7 +62,7 @@ CASES = {
 }
 
 _BASIC = ["apart", "mixed", "empty", "packed", "frozen"]
-_MORE = [*_BASIC, "swapped", "text_only", "router_and_head"]
+_MORE = [*_BASIC, "swapped", "text_only", "one_branch", "router_and_head"]
 # Compared with one process; the router alone runs no decoder, and refuses engines that shard one.
 COMPARED = [*_MORE, "router_only"]
 # What an engine's two processes do: "cycle" saves, resumes and evaluates; the last two are Stage-RL (`rl_worker.py`).
