@@ -1,10 +1,10 @@
 """The pico study of Stage-RL and of RISE: `make study-rl` runs it, and then the study of HDPO (CPU, two processes).
 
-GRPO with verified rewards begins with dense models taught as in the study of Stage-SFT (whose data, vision tower and
-folder are shared) but stopped earlier, which leaves something to learn; three seeds. A control whose reward is a coin must
-not get better. Judged on held-out greedy answers, never on the training
-reward. Then `metis-home rise`, killed once in the middle of Stage-RL and started again. Every stage is done once:
-started again, the study goes on where it stopped.
+GRPO with verified rewards begins with the dense models of the study of Stage-SFT (whose folder is shared), taught
+further on rows where most reasoning questions are answered without their derivation: they can reason and mostly do not
+(`pico/hasty.py`). Three seeds. A control whose reward is a coin must not get better. Judged on held-out greedy answers,
+never on the training reward. Then `metis-home rise`, killed once in the middle of Stage-RL and started again. Every stage
+is done once: started again, the study goes on where it stopped.
 
     python examples/study_rl.py [--out DIR] [--workers 2] [--tiny]
 
@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +26,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import study_sft
+from pico.dense import DenseSettings, train_dense, write_encoded
 from pico.families import write_part
+from pico.hasty import write_hasty_rows
 from pico.rl import RLSettings, judge_control, judge_rl, measure, train_grpo
 from pico.rl_rise import RiseSettings, run_pipeline, write_rise_data
 from pico.sft import image_hashes, read
@@ -77,8 +79,10 @@ class Plan:
 
     base: study_sft.Plan = field(default_factory=study_sft.Plan)
     rl: RLSettings = field(default_factory=RLSettings)
-    dense_steps: int = 400
-    """Steps of the dense models that Stage-RL begins with; those of the study of Stage-SFT make 1000."""
+    hasty_share: float = 0.85
+    """Share of the reasoning rows without derivation in what the start is taught."""
+    start: DenseSettings = field(default_factory=lambda: DenseSettings(steps=150, learning_rate=5e-4, warmup_steps=20))
+    """How the dense models of the study of Stage-SFT are taught further on those rows."""
     rise: RiseSettings = field(default_factory=RiseSettings)
     control_seeds: tuple[int, ...] = (0,)
 
@@ -98,7 +102,7 @@ def tiny_plan() -> Plan:
             *("pass_rates.samples=2", "sft.training.max_steps=2", "evaluate.max_new_tokens=6"),
         ),
     )
-    return Plan(base=study_sft.tiny_plan(), rl=rl, rise=rise, dense_steps=3)
+    return Plan(base=study_sft.tiny_plan(), rl=rl, rise=rise, start=DenseSettings(steps=3))
 
 
 def prepare_rl(study: Study, plan: Plan) -> Json:
@@ -111,7 +115,13 @@ def prepare_rl(study: Study, plan: Plan) -> Json:
         seen = {part: len(fresh & image_hashes(study.directory("data"), part)) for part in ("test", "templates")}
         return {"held_out_images_among_prompts": seen}
 
-    return study.stage("rl-data", prompts, settings=plan.rl.prompts, after=("data",))
+    def start_rows(folder: Path) -> Json:
+        rows = folder / "rows.jsonl"
+        hasty = write_hasty_rows(rows, study.directory("data") / "dense.jsonl", plan.hasty_share)
+        return {"hasty_rows": hasty, "start_rows": write_encoded(folder / "start.pt", study.directory("tower"), rows)}
+
+    shared = study.stage("rl-data", prompts, settings=plan.rl.prompts, after=("data",))
+    return shared | study.stage("rl-start-rows", start_rows, settings=plan.hasty_share, after=("data", "tower"))
 
 
 def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
@@ -131,9 +141,16 @@ def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
 
 
 def start_stage(study: Study, plan: Plan, seed: int) -> str:
-    """Train the dense model that Stage-RL begins with; return the stage's name."""
-    dense_stage(study, replace(plan.base.dense, steps=plan.dense_steps), seed, name="rl-start")
-    return f"rl-start-{seed}"
+    """Teach the model that Stage-RL begins with; return the stage's name."""
+    dense_stage(study, plan.base.dense, seed)
+    dense, name = f"dense-{seed}", f"rl-start-{seed}"
+
+    def teach(folder: Path) -> Json:
+        rows = study.directory("rl-start-rows") / "start.pt"
+        return train_dense(folder, study.directory(dense), rows, plan.start, seed=seed, tower_only=False)
+
+    study.stage(name, teach, settings=[asdict(plan.start), seed], after=(dense, "rl-start-rows"))
+    return name
 
 
 def measure_stage(study: Study, plan: Plan, model: str, seed: int) -> Json:

@@ -173,15 +173,15 @@ def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
     return found
 
 
-def dense_stage(study: Study, settings: DenseSettings, seed: int, *, name: str = "dense") -> Json:
-    """Train a dense model of a seed: the stage `<name>-<seed>`."""
+def dense_stage(study: Study, settings: DenseSettings, seed: int) -> Json:
+    """Train the dense model of a seed: the stage `dense-<seed>`."""
 
     def train_it(folder: Path) -> Json:
         return train_dense(
             folder, study.directory("tower"), study.directory("encoded") / "dense.pt", settings, seed=seed
         )
 
-    return study.stage(f"{name}-{seed}", train_it, settings=[asdict(settings), seed], after=("tower", "encoded"))
+    return study.stage(f"dense-{seed}", train_it, settings=[asdict(settings), seed], after=("tower", "encoded"))
 
 
 def train_and_answer(study: Study, plan: Plan, seed: int, pooling: str, *, name: str, modes: tuple[str, ...]) -> Json:

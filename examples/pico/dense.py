@@ -1,7 +1,7 @@
-"""The dense model of the studies: it always thinks, on both families, and is not yet good at what needs thought.
+"""The dense models of the studies, taught with the families' derivations: they think about everything.
 
-It stands in for the RL-trained reasoner from which Metis-HOME begins: taught with the families' derivations, stopped
-early enough that Stage-RL still has something to improve.
+The one of `make study` stands in for the RL-trained reasoner from which Metis-HOME begins. Stage-RL begins with one that
+was taught further on derivations of mixed quality (`hasty.py`).
 """
 
 import logging
@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from metis_home import MetisHomeProcessor
 from metis_home.training.data.collate import PaddingCollator
@@ -73,20 +73,23 @@ def write_encoded(file: Path, tower: Path, rows: Path) -> int:
 
 
 def train_dense(
-    folder: Path, tower: Path, encoded: Path, settings: DenseSettings, *, seed: int
+    folder: Path, start: Path, encoded: Path, settings: DenseSettings, *, seed: int, tower_only: bool = True
 ) -> dict[str, float | None]:
     """Train a dense model and write it to `folder`.
 
     Args:
-        tower: what `write_tower` made; its vision tower and tokenizer are taken, all else begins at random from `seed`.
+        start: what `write_tower` made, whose vision tower and tokenizer are taken, all else begins at random from
+            `seed`; without `tower_only` a dense model, which is taught further.
         encoded: what `write_encoded` made.
     Returns:
         The last losses (nats per token), and how long it took.
     """
     started = time.perf_counter()
-    processor = MetisHomeProcessor.from_pretrained(tower)
-    model = make_model(processor.tokenizer, seed=seed)
-    model.model.visual.load_state_dict(_visual_state(tower))
+    processor = MetisHomeProcessor.from_pretrained(start)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start)
+    if tower_only:
+        taught, model = model, make_model(processor.tokenizer, seed=seed)
+        model.model.visual.load_state_dict(taught.model.visual.state_dict())
     examples: list[Example] = torch.load(encoded, weights_only=False)
     collate = PaddingCollator(processor.tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -125,12 +128,6 @@ def _batches(rows: int, size: int, seed: int) -> Iterator[list[int]]:
 def _mean(values: list[float]) -> float:
     """The average."""
     return sum(values) / len(values)
-
-
-def _visual_state(folder: Path) -> dict[str, torch.Tensor]:
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).model.visual.state_dict()
 
 
 def _question(record: Record) -> str:

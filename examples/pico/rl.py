@@ -44,10 +44,10 @@ class RLSettings:
     """Fresh training rows per family."""
     direct_share: float = 0.25
     """Share of the direct family among the prompts: most of it is solved, and prompts that are solved teach nothing."""
-    steps: int = 60
+    steps: int = 40
     prompts_per_step: int = 32
     generations: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     max_new_tokens: int = 80
     samples: int = 8
     """Sampled answers per held-out prompt, for pass rates."""

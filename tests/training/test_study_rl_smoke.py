@@ -91,6 +91,53 @@ def test_expert_rows_are_right_and_images_are_found_from_the_pipelines_folder(tm
     assert {record.columns["family"] for record in load_records(tmp_path / "rise/direct.jsonl")} == {"direct"}
 
 
+def test_hasty_rows_cut_derivations_of_the_reasoning_family_alone(tmp_path: Path) -> None:
+    from pico.families import Sizes, write_families
+    from pico.hasty import write_hasty_rows
+
+    from metis_home.training.data.records import load_records
+
+    write_families(tmp_path / "data", Sizes(dense=40, sft=2, test=2, templates=2))
+
+    hasty = write_hasty_rows(tmp_path / "start/rows.jsonl", tmp_path / "data/dense.jsonl", 0.75)
+
+    before, after = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (tmp_path / "data/dense.jsonl", tmp_path / "start/rows.jsonl")
+    )
+    cut = [(old, new) for old, new in zip(before, after, strict=True) if old["reasoning"] != new["reasoning"]]
+    assert len(cut) == hasty
+    assert 20 < hasty < 39
+    for old, new in cut:
+        assert old["family"] == "reasoning"
+        assert new["reasoning"] == f"so {old['answer']}."
+        assert old["reasoning"].endswith(new["reasoning"])  # the answer stands, its derivation went
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert all((tmp_path / "start" / row["image"]).is_file() for row in after)
+    assert len(load_records(tmp_path / "start/rows.jsonl")) == 80
+
+
+def test_a_dense_model_is_taught_further_or_only_its_tower_is_taken(tmp_path: Path) -> None:
+    from pico.dense import DenseSettings, TowerSettings, train_dense, write_encoded, write_tower
+    from pico.families import Sizes, write_families
+
+    from metis_home.training.loading import load_model
+
+    write_families(tmp_path / "data", Sizes(dense=4, sft=2, test=2, templates=2))
+    write_tower(tmp_path / "tower", tmp_path / "data/dense.jsonl", TowerSettings(pictures=20, steps=1))
+    write_encoded(tmp_path / "rows.pt", tmp_path / "tower", tmp_path / "data/dense.jsonl")
+    still = DenseSettings(steps=1, learning_rate=0.0)
+
+    train_dense(tmp_path / "further", tmp_path / "tower", tmp_path / "rows.pt", still, seed=5, tower_only=False)
+    train_dense(tmp_path / "anew", tmp_path / "tower", tmp_path / "rows.pt", still, seed=5)
+
+    tower, further, anew = (load_model(str(tmp_path / name)).state_dict() for name in ("tower", "further", "anew"))
+    assert {name for name in tower if not further[name].equal(tower[name])} == set()
+    changed = {name for name in tower if not anew[name].equal(tower[name])}
+    assert changed
+    assert not any("visual" in name for name in changed)
+
+
 def test_two_steps_of_grpo_and_of_the_control_leave_models_that_are_measured(tmp_path: Path) -> None:
     from pico.dense import DenseSettings, TowerSettings, train_dense, write_encoded, write_tower
     from pico.families import Sizes, write_families, write_part
