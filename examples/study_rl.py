@@ -37,6 +37,7 @@ from study_sft import ROOT, dense_stage, environment, one_thread, prepare
 
 logger = logging.getLogger("study")
 RISE_SEED = 0
+SHARED = ("data", "words", "tower", "encoded")
 
 
 def main() -> int:
@@ -61,7 +62,7 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(arguments.workers, initializer=one_thread) as pool:
             runs = pool.starmap(run_seed, jobs, chunksize=1)
     seeds, controls = runs[: len(plan.base.seeds)], runs[len(plan.base.seeds) :]
-    report = conclude(plan, data, seeds, controls, run_rise(arguments.out, plan))
+    report = conclude(Study(arguments.out), plan, data, seeds, controls, run_rise(arguments.out, plan))
     report["seconds"] = time.perf_counter() - started
     report["environment"] = environment(arguments.workers)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ class Plan:
     start: DenseSettings = field(default_factory=lambda: DenseSettings(steps=150, learning_rate=5e-4, warmup_steps=20))
     """How the dense models of the study of Stage-SFT are taught further on those rows."""
     rise: RiseSettings = field(default_factory=RiseSettings)
-    control_seeds: tuple[int, ...] = (0,)
+    control_seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def tiny_plan() -> Plan:
@@ -102,7 +103,7 @@ def tiny_plan() -> Plan:
             *("pass_rates.samples=2", "sft.training.max_steps=2", "evaluate.max_new_tokens=6"),
         ),
     )
-    return Plan(base=study_sft.tiny_plan(), rl=rl, rise=rise, start=DenseSettings(steps=3))
+    return Plan(base=study_sft.tiny_plan(), rl=rl, rise=rise, start=DenseSettings(steps=3), control_seeds=(0,))
 
 
 def prepare_rl(study: Study, plan: Plan) -> Json:
@@ -183,7 +184,12 @@ def run_rise(out: Path, plan: Plan) -> Json:
     }
 
 
-def conclude(plan: Plan, data: Json, seeds: list[Json], controls: list[Json], rise: Json) -> Json:
+def is_used(stage: str) -> bool:
+    """Is a stage of the shared folder one that this study builds on?"""
+    return stage in SHARED or stage.startswith(("rl-", "rise")) or stage.removeprefix("dense-").isdigit()
+
+
+def conclude(study: Study, plan: Plan, data: Json, seeds: list[Json], controls: list[Json], rise: Json) -> Json:
     """The goals, seed by seed, and the controls, which must not rise."""
     for run in seeds:
         run["goals"] = [asdict(goal) for goal in judge_rl(run["before"], run["after"])]
@@ -204,6 +210,7 @@ def conclude(plan: Plan, data: Json, seeds: list[Json], controls: list[Json], ri
             "grpo": sum(run["curves"]["cpu_seconds"] for run in seeds),
             "controls": sum(run["curves"]["cpu_seconds"] for run in controls),
             "rise": rise["cpu_seconds_of_commands"],
+            "everything": study.cpu_seconds(is_used) + rise["cpu_seconds_of_commands"],
         },
     }
 

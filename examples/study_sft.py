@@ -78,7 +78,7 @@ def main() -> int:
 
     report = conclude(plan, text_only, runs, control)
     report["seconds"] = time.perf_counter() - started
-    report["cpu_seconds"] = shared.cpu_seconds()
+    report["cpu_seconds"] = shared.cpu_seconds(lambda stage: not stage.startswith(("rl-", "rise")))
     report["environment"] = environment(arguments.workers)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -47,7 +47,7 @@ class RLSettings:
     steps: int = 40
     prompts_per_step: int = 32
     generations: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-5
     max_new_tokens: int = 80
     samples: int = 8
     """Sampled answers per held-out prompt, for pass rates."""

@@ -70,7 +70,8 @@ class Study:
         """Where the files of a stage are."""
         return self.folder / name
 
-    def cpu_seconds(self) -> float:
-        """Processor time of all stages that are done, whichever run did them."""
-        results = [json.loads(record.read_text())["result"] for record in self.folder.glob("*.json")]
+    def cpu_seconds(self, is_wanted: Callable[[str], bool]) -> float:
+        """Processor time of the stages of these names that are done, whichever run did them; none of their children's."""
+        records = [record for record in self.folder.glob("*.json") if is_wanted(record.stem)]
+        results = [json.loads(record.read_text())["result"] for record in records]
         return sum(float(result.get("cpu_seconds", 0.0)) for result in results)
