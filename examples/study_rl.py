@@ -2,9 +2,9 @@
 
 GRPO with verified rewards begins with the dense models of the study of Stage-SFT (whose folder is shared), taught
 further on rows where most reasoning questions are answered without their derivation: they can reason and mostly do not
-(`pico/hasty.py`). Three seeds. A control whose reward is a coin must not get better. Judged on held-out greedy answers,
-never on the training reward. Then `metis-home rise`, killed once in the middle of Stage-RL and started again. Every stage
-is done once: started again, the study goes on where it stopped.
+(`pico/hasty.py`). Three seeds. Two controls of each, whose reward is a coin, must not get better. Judged on held-out
+greedy answers, never on the training reward. Then `metis-home rise`, killed once in the middle of Stage-RL and started
+again. Every stage is done once: started again, the study goes on where it stopped.
 
     python examples/study_rl.py [--out DIR] [--workers 2] [--tiny]
 
@@ -29,7 +29,7 @@ import study_sft
 from pico.dense import DenseSettings, train_dense, write_encoded
 from pico.families import write_part
 from pico.hasty import write_hasty_rows
-from pico.rl import RLSettings, judge_control, judge_rl, measure, train_grpo
+from pico.rl import RLSettings, judge_control, judge_controls, judge_rl, measure, train_grpo
 from pico.rl_rise import RiseSettings, run_pipeline, write_rise_data
 from pico.sft import image_hashes, read
 from pico.stages import Json, Study
@@ -54,8 +54,7 @@ def main() -> int:
     plan = tiny_plan() if arguments.tiny else Plan()
 
     data = prepare_rl(Study(arguments.out), plan)
-    jobs = [(arguments.out, plan, seed, False) for seed in plan.base.seeds]
-    jobs += [(arguments.out, plan, seed, True) for seed in plan.control_seeds]
+    jobs = [(arguments.out, plan, seed, coin) for coin in (None, *plan.coins) for seed in plan.base.seeds]
     if arguments.workers == 1:
         runs = [run_seed(*job) for job in jobs]
     else:
@@ -85,7 +84,8 @@ class Plan:
     start: DenseSettings = field(default_factory=lambda: DenseSettings(steps=150, learning_rate=5e-4, warmup_steps=20))
     """How the dense models of the study of Stage-SFT are taught further on those rows."""
     rise: RiseSettings = field(default_factory=RiseSettings)
-    control_seeds: tuple[int, ...] = (0, 1, 2)
+    coins: tuple[int, ...] = (0, 1)
+    """Controls of every seed."""
 
 
 def tiny_plan() -> Plan:
@@ -103,7 +103,7 @@ def tiny_plan() -> Plan:
             *("pass_rates.samples=2", "sft.training.max_steps=2", "evaluate.max_new_tokens=6"),
         ),
     )
-    return Plan(base=study_sft.tiny_plan(), rl=rl, rise=rise, start=DenseSettings(steps=3), control_seeds=(0,))
+    return Plan(base=study_sft.tiny_plan(), rl=rl, rise=rise, start=DenseSettings(steps=3))
 
 
 def prepare_rl(study: Study, plan: Plan) -> Json:
@@ -125,20 +125,20 @@ def prepare_rl(study: Study, plan: Plan) -> Json:
     return shared | study.stage("rl-start-rows", start_rows, settings=plan.hasty_share, after=("data", "tower"))
 
 
-def run_seed(out: Path, plan: Plan, seed: int, is_control: bool) -> Json:
-    """The dense model of a seed before and after Stage-RL, or after its control."""
+def run_seed(out: Path, plan: Plan, seed: int, coin: int | None) -> Json:
+    """The dense model of a seed before and after Stage-RL, or after the control with this coin."""
     study = Study(out)
     prepare_rl(study, plan)
     dense = start_stage(study, plan, seed)
-    name = f"rl-control-{seed}" if is_control else f"rl-{seed}"
+    name = f"rl-{seed}" if coin is None else f"rl-control-{seed}-{coin}"
 
     def train_it(folder: Path) -> Json:
         records = read(study.directory("rl-data"), "rl")
-        return train_grpo(study.directory(dense), folder, records, plan.rl, seed=seed, is_control=is_control)
+        return train_grpo(study.directory(dense), folder, records, plan.rl, seed=seed, coin=coin)
 
     curves = study.stage(name, train_it, settings=[asdict(plan.rl), seed], after=(dense, "rl-data"))
     before, after = (measure_stage(study, plan, model, seed) for model in (dense, name))
-    return {"seed": seed, "before": before, "after": after, "curves": curves}
+    return {"seed": seed, "coin": coin, "before": before, "after": after, "curves": curves}
 
 
 def start_stage(study: Study, plan: Plan, seed: int) -> str:
@@ -198,13 +198,15 @@ def conclude(study: Study, plan: Plan, data: Json, seeds: list[Json], controls: 
     for run in [*seeds, *controls]:
         for measured in (run["before"], run["after"]):
             measured.pop("right", None)
-    met = all(goal["met"] for run in [*seeds, *controls] for goal in run["goals"])
+    together = judge_controls([run["goals"][0]["found"] for run in controls])
+    met = together.met and all(goal["met"] for run in [*seeds, *controls] for goal in run["goals"])
     return {
         "passed": met and rise["resumed"] and rise["finished"],
         "plan": asdict(plan),
         "data": data,
         "seeds": seeds,
         "controls": controls,
+        "controls_together": asdict(together),
         "rise": rise,
         "cpu_seconds": {
             "grpo": sum(run["curves"]["cpu_seconds"] for run in seeds),
@@ -217,11 +219,11 @@ def conclude(study: Study, plan: Plan, data: Json, seeds: list[Json], controls: 
 
 def print_report(report: Json) -> None:
     """The goals, on stdout."""
-    for kind, runs in (("seed", report["seeds"]), ("control", report["controls"])):
-        for run in runs:
-            for goal in run["goals"]:
-                verdict = "met" if goal["met"] else "MISSED"
-                print(f"{kind} {run['seed']}  {goal['name']:40} {goal['found']:8.4f}  {goal['wanted']:22} {verdict}")
+    goals = [(f"seed {run['seed']}", goal) for run in report["seeds"] for goal in run["goals"]]
+    goals += [(f"control {run['seed']}, coin {run['coin']}", run["goals"][0]) for run in report["controls"]]
+    for name, goal in [*goals, ("controls", report["controls_together"])]:
+        verdict = "met" if goal["met"] else "MISSED"
+        print(f"{name:17} {goal['name']:46} {goal['found']:8.4f}  {goal['wanted']:22} {verdict}")
     rise = report["rise"]
     print(f"rise: killed in Stage-RL and gone on from its checkpoint: {rise['resumed']}; finished: {rise['finished']}")
     for mode, group in rise["summary"]["modes"].items():

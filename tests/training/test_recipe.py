@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from metis_home.errors import RecipeError
 from metis_home.training.recipe import load_recipe, parse_recipe, shipped_recipes
+
+RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 
 SMALL = {
     "stage": "sft",
@@ -92,3 +95,16 @@ def test_a_shipped_recipe_is_complete_but_for_its_paths(name: str) -> None:
 
     config = recipe.config_class()
     assert set(recipe.training) <= set(config.__dataclass_fields__)
+
+
+def trained_models(tree: dict) -> list[dict]:
+    """What has a model and trains it: a recipe, or those of the two trainings inside one of `metis-home rise`."""
+    return [tree] if "stage" in tree else [tree["rl"], tree["sft"]]
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.name)
+def test_no_shipped_recipe_trains_weights_whose_steps_are_rounded_away(file: Path) -> None:
+    for part in trained_models(yaml.safe_load(file.read_text())):
+        # DeepSpeed, peft and `train_router` keep float32 by themselves.
+        keeps_float32 = "deepspeed" in part["training"] or "lora" in part or part.get("stage") == "router"
+        assert keeps_float32 or part["model"]["dtype"] == "fp32"

@@ -36,12 +36,24 @@ def test_goals_are_eight_points_up_and_at_most_two_down(reasoning: int, direct: 
     assert [goal.found for goal in goals] == pytest.approx([(reasoning - 50) / 100, (direct - 80) / 100])
 
 
-def test_a_control_that_gains_clearly_misses_its_goal() -> None:
+def test_a_control_that_rises_like_grpo_misses_its_goal() -> None:
     from pico.rl import judge_control
 
-    assert judge_control(measured(50, 80), measured(51, 80))[0].met  # 1 of 100: the interval reaches 0
+    assert judge_control(measured(50, 80), measured(57, 80))[0].met
     assert judge_control(measured(50, 80), measured(40, 80))[0].met
-    assert not judge_control(measured(50, 80), measured(60, 80))[0].met
+    assert not judge_control(measured(50, 80), measured(58, 80))[0].met
+
+
+def test_controls_that_rise_together_miss_the_goal_and_one_that_strays_does_not() -> None:
+    from pico.rl import judge_controls
+
+    assert judge_controls([-0.01, 0.0, 0.03]).met
+    assert judge_controls([-0.05, -0.04, -0.05]).met
+    assert not judge_controls([0.03, 0.04, 0.035]).met
+    # Student's interval by hand: t(0.975, 2) = 4.303, s = 0.01, so 0.02 +- 4.303 * 0.01 / sqrt(3) = 0.02 +- 0.0248
+    assert judge_controls([0.01, 0.02, 0.03]).name.endswith("+- 0.025")
+    assert judge_controls([0.01, 0.02, 0.03]).met
+    assert not judge_controls([0.02, 0.03, 0.04]).met  # 0.03 - 0.0248
 
 
 def test_gains_are_paired_by_query_not_by_position() -> None:
@@ -64,6 +76,7 @@ def test_the_coin_does_not_look_at_the_answer() -> None:
     assert set(right) == {0.0, 1.0}
     assert 430 < sum(right) < 570
     assert coin_reward(2)(completions=["x"] * 1000) != right
+    assert coin_reward(1, 1)(completions=["x"] * 1000) != right
 
 
 def test_expert_rows_are_right_and_images_are_found_from_the_pipelines_folder(tmp_path: Path) -> None:
@@ -156,8 +169,8 @@ def test_two_steps_of_grpo_and_of_the_control_leave_models_that_are_measured(tmp
     prompts = read(tmp_path / "rl", "rl")
 
     assert [record.columns["family"] for record in mixed(prompts, 0.25)] == ["reasoning"] * 6 + ["direct"] * 2
-    for name, is_control in (("grpo", False), ("control", True)):
-        curves = train_grpo(tmp_path / "dense", tmp_path / name, prompts, settings, seed=0, is_control=is_control)
+    for name, coin in (("grpo", None), ("control", 0)):
+        curves = train_grpo(tmp_path / "dense", tmp_path / name, prompts, settings, seed=0, coin=coin)
         found = measure(
             tmp_path / name, tmp_path / f"{name}-answers", read(tmp_path / "data", "test"), settings, seed=0
         )

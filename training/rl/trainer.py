@@ -30,6 +30,7 @@ from ..rollouts.tool_rollouts import ToolRollouts
 from ..rollouts.types import Sampling
 from ..rollouts.vocabulary import end_token_ids, unsampled_token_ids
 from ..tools.protocol import Tool
+from ..weight_precision import warn_of_coarse_weights
 from .completions import CompletionsTable
 from .config import MetisRLConfig
 from .engines import make_engine
@@ -104,6 +105,8 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         )
         if self.is_deepspeed_enabled:
             require_leaf_gradients(model)
+        elif not self.is_fsdp_enabled:
+            warn_of_coarse_weights(model)
         used_tools = tools_of(args, tools)
         records, system_prompt = describe_tools(records, args.system_prompt, used_tools, args)
         encoder = Encoder(processing_class, system_prompt=system_prompt, max_length=args.max_prompt_tokens)

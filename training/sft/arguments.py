@@ -1,9 +1,7 @@
 """What a trainer's arguments must be, said before anything is loaded or computed."""
 
-import logging
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ...errors import RecipeError, TrainingError, UnsupportedError
@@ -14,8 +12,6 @@ from .plots import check_plotting
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-logger = logging.getLogger(__name__)
 
 
 def check_arguments(model: nn.Module, args: MetisSFTConfig, processor: object) -> None:
@@ -59,17 +55,6 @@ def check_router_only(args: MetisSFTConfig) -> None:
                 f"{name}={value!r} does not go with training the router alone, which runs no decoder and keeps one "
                 "small vector per prompt. Leave it out."
             )
-
-
-def warn_of_coarse_weights(model: nn.Module) -> None:
-    """Log a warning if weights train in 16 bits; not needed where DeepSpeed or FSDP keep a copy in 32."""
-    coarse = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} - {torch.float32}
-    if coarse:
-        logger.warning(
-            "weights train as %s: steps smaller than about 1/256 of a weight (bfloat16) are rounded away. Load the model "
-            "in float32 and set bf16=True, or let DeepSpeed or FSDP keep a float32 copy.",
-            ", ".join(sorted(str(dtype) for dtype in coarse)),
-        )
 
 
 def with_adapter(model: nn.Module, peft_config: "PeftConfig", args: MetisSFTConfig) -> nn.Module:

@@ -33,7 +33,8 @@ from ..nan_guard import NanGuard
 from ..packed_attention import use_packed_attention
 from ..resuming import HubLayoutResume
 from ..vision_presence import VisionPresence
-from .arguments import check_arguments, check_router_only, warn_of_coarse_weights, with_adapter
+from ..weight_precision import warn_of_coarse_weights
+from .arguments import check_arguments, check_router_only, with_adapter
 from .config import MetisSFTConfig
 from .dataset import RecordDataset, Source, as_records
 from .journal import Journal

@@ -281,6 +281,15 @@ def test_settings_that_do_not_fit_the_model_are_refused(tmp_path) -> None:
         config(tmp_path, num_generations=1)
 
 
+def test_weights_in_16_bits_are_warned_of(tmp_path, caplog) -> None:
+    trainer(tmp_path, dense().bfloat16())
+    assert "torch.bfloat16" in caplog.text
+
+    caplog.clear()
+    trainer(tmp_path)
+    assert "rounded away" not in caplog.text
+
+
 def test_long_prompts_are_left_out_and_never_cut(tmp_path, caplog) -> None:
     lengths = [len(trainer(tmp_path).source.prompt(n)) for n in range(6)]
     limit = sorted(lengths)[3]
