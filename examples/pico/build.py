@@ -25,8 +25,11 @@ SIZES = Sizes(dense=600, sft=300, test=60, templates=10)
 
 def build(out: Path, *, tower_steps: int, dense_steps: int) -> None:
     """Make OUT anew."""
+    import torch
+
     from metis_home.convert import upcycle
 
+    torch.set_num_threads(1)  # the matrices are tiny: more threads only wait for each other
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     families = partial / "families"
