@@ -209,8 +209,13 @@ def estimate_recipe(recipe: Recipe, *, devices: int) -> MemoryEstimate:
     """`estimate_memory` of a recipe on so many devices.
 
     Raises:
-        RecipeError: see `settings_of` and `recipe_config`.
+        RecipeError: see `settings_of` and `recipe_config`; or a recipe of Stage-RL.
     """
+    if recipe.stage == "rl":
+        raise RecipeError(
+            "the estimate counts a training step on given rows (stages sft and router); this recipe is of stage rl. What "
+            "its rollouts hold (weights made whole, keys and values of rollout_batch_tokens tokens) is not counted."
+        )
     sets = None
     if recipe.stage != "router":
         sets = trainable_sets(recipe.training.get("freeze"), recipe.training.get("train_only"))  # type: ignore[arg-type]

@@ -38,6 +38,13 @@ def test_an_estimate_needs_no_checkpoint(capsys) -> None:
     assert found["fits"]
 
 
+def test_no_estimate_is_made_up_for_rollouts(capsys) -> None:
+    status, out, err = run(capsys, "train", "rise_rl.yaml", "--estimate", "model.shape=7b")
+    assert status == 1
+    assert out == ""
+    assert "stage rl" in err
+
+
 def test_an_estimate_says_when_it_does_not_fit(capsys) -> None:
     status, out, _ = run(capsys, "train", "home_sft_7b_zero2.yaml", "--estimate", "--devices", "1")
 
