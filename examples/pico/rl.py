@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.stats import t
+from scipy import stats
 
 from metis_home import MetisHomeProcessor
 from metis_home.training.data.encode import Encoder
@@ -196,7 +196,7 @@ def judge_controls(rises: Sequence[float]) -> Criterion:
     that by. So the interval is Student's, over the training runs, two or more.
     """
     mean = statistics.fmean(rises)
-    half = float(t.ppf(0.975, len(rises) - 1)) * statistics.stdev(rises) / len(rises) ** 0.5
+    half = float(stats.t.ppf(0.975, len(rises) - 1)) * statistics.stdev(rises) / len(rises) ** 0.5
     return Criterion(
         name=f"reasoning: mean of {len(rises)} controls, 95 % +- {half:.3f}",
         found=mean,

@@ -65,10 +65,10 @@ _BASIC = ["apart", "mixed", "empty", "packed", "frozen"]
 _MORE = [*_BASIC, "swapped", "text_only", "one_branch", "router_and_head"]
 # Compared with one process; the router alone runs no decoder, and refuses engines that shard one.
 COMPARED = [*_MORE, "router_only"]
-# What an engine's two processes do: "cycle" saves, resumes and evaluates; the last two are Stage-RL (`rl_worker.py`).
+# What an engine's two processes do: "cycle" saves, resumes and evaluates; the last are Stage-RL (`rl_worker.py`).
 CASES_OF = {
     "ddp": [*_MORE, "router_only", "cycle", "scripted", "sampled"],
-    "fsdp2": [*_MORE, "bf16", "cycle", "scripted", "sampled"],
+    "fsdp2": [*_MORE, "bf16", "cycle", "scripted", "scripted_branch", "sampled"],
     "zero2": [*_BASIC, "bf16", "cycle", "scripted", "sampled"],
-    "zero3": [*_MORE, "bf16", "cycle", "scripted", "sampled"],
+    "zero3": [*_MORE, "bf16", "cycle", "scripted", "scripted_branch", "sampled"],
 }

@@ -2,6 +2,7 @@
 
 `scripted` trains on rollouts that follow from the prompt alone, so one process and two see the same ones; rank 0's
 prompts have images and are answered by the thinking branch, rank 1's have none and are answered by the other.
+`scripted_branch` does so where nothing before the first layer's FFN trains.
 `sampled` generates with the model itself, with lengths, refills and rounds that differ among ranks.
 """
 
@@ -79,7 +80,8 @@ def train(what: str, engine: str, model_dir: str, out: Path, world: int) -> dict
 
     if world > 1:
         engines.prepare_state(engine)
-    is_scripted = what == "scripted"
+    is_scripted = what.startswith("scripted")
+    trained = {"train_only": ["thinking_branch", "router"]} if what == "scripted_branch" else {"freeze": ["norms"]}
     args = MetisRLConfig(
         **{
             "output_dir": str(out),
@@ -92,7 +94,7 @@ def train(what: str, engine: str, model_dir: str, out: Path, world: int) -> dict
             "max_steps": 2,
             "updates_per_rollout": 1 if is_scripted else 2,
             "thinking": "sample",
-            "freeze": ["norms"],
+            **trained,
             "router_coef": 1.0,
             "dynamic_sampling": not is_scripted,
             "max_sampling_rounds": 3,

@@ -3,28 +3,34 @@
 Tolerances as in test_engines.py.
 """
 
+from functools import cache
+
 import pytest
 import torch
 
 from tests.training.distributed import engines
+from tests.training.distributed.cases import CASES_OF
 from tests.training.distributed.rl_worker import train
 from tests.training.distributed.test_engines import IDENTITY, assert_tensors_equal
 
+SCRIPTED = [(engine, case) for engine in engines.ENGINES for case in CASES_OF[engine] if case.startswith("scripted")]
+
 
 @pytest.fixture(scope="module")
-def one_process(model_dir, tmp_path_factory) -> dict:
-    return train("scripted", "none", str(model_dir), tmp_path_factory.mktemp("one"), 1)
+def one_process(model_dir, tmp_path_factory):
+    return cache(lambda case: train(case, "none", str(model_dir), tmp_path_factory.mktemp(case), 1))
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
-def test_equal_rollouts_give_the_update_of_one_process(two_processes, one_process, engine: str) -> None:
-    for found in two_processes(engine)["scripted"]:
+@pytest.mark.parametrize(("engine", "case"), SCRIPTED)
+def test_equal_rollouts_give_the_update_of_one_process(two_processes, one_process, engine: str, case: str) -> None:
+    expected_run = one_process(case)
+    for found in two_processes(engine)[case]:
         identity, expected = found["identity"], IDENTITY[engine]
         assert (identity["world"], identity["distributed_type"]) == (2, expected["distributed_type"])
         assert expected["class"] in identity["classes"]
-        assert found["losses"] == pytest.approx(one_process["losses"], rel=1e-4, abs=1e-7)
-        assert_tensors_equal(found["gradients"], one_process["gradients"], rtol=1e-5, atol=1e-7)
-        assert_tensors_equal(found["weights"], one_process["weights"], rtol=0, atol=1e-6)
+        assert found["losses"] == pytest.approx(expected_run["losses"], rel=1e-4, abs=1e-7)
+        assert_tensors_equal(found["gradients"], expected_run["gradients"], rtol=1e-5, atol=1e-7)
+        assert_tensors_equal(found["weights"], expected_run["weights"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
