@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from metis_home.errors import RecipeError
+from metis_home.errors import MetisHomeError, RecipeError
 
 from .checkpoints import newest_checkpoint
 from .loading import load_model, load_processor
@@ -163,7 +163,12 @@ def _save(trainer: "Trainer", *, adapter: bool) -> None:
 
 def _config(recipe: Recipe):
     """The stage's config; made before the model, because ZeRO-3 decides how a model is loaded."""
-    return recipe.config_class()(**recipe.training)
+    try:
+        return recipe.config_class()(**recipe.training)
+    except MetisHomeError:
+        raise
+    except (ValueError, ImportError) as error:  # TrainingArguments': bf16 without a GPU, a logger that is not installed
+        raise RecipeError(f"training: {error}") from error
 
 
 def _model(recipe: Recipe) -> "PreTrainedModel":

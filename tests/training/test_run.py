@@ -136,3 +136,10 @@ def test_a_run_goes_on_from_its_newest_checkpoint(home: Path, rows: Path, tmp_pa
         MetisHomeForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_settings_that_transformers_refuses_are_an_error_of_the_recipe(home: Path, rows: Path, tmp_path: Path) -> None:
+    chosen = recipe("home_sft.yaml", home, rows, tmp_path / "out", "training.load_best_model_at_end=true")
+
+    with pytest.raises(RecipeError, match="training: --load_best_model_at_end requires"):
+        run_recipe(chosen)

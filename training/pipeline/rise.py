@@ -21,11 +21,13 @@ from typing import Literal
 
 import xxhash
 
-from metis_home.errors import RecipeError, TrainingError
+from metis_home.errors import DataError, RecipeError, TrainingError
 from metis_home.prompts import SYSTEM_PROMPT
 
 from ..checkpoints import newest_checkpoint
+from ..data.records import load_records
 from ..recipe import parse_recipe, parse_section, put, read_tree, refuse_unknown
+from .experts import answers_from_file
 
 DONE = "done.json"
 LOCK = "lock"
@@ -208,6 +210,7 @@ def run_rise(recipe: RiseRecipe, *, say: Callable[[str], None], dry_run: bool = 
     Returns:
         One entry per step: name, seconds, whether it was there already.
     Raises:
+        DataError: a file of rows or the expert's answers cannot be read; said before the first step, not hours later.
         RecipeError: a finished step was done with other settings. TrainingError: a command failed, or an earlier run is
             still at work in this output directory.
     """
@@ -215,8 +218,19 @@ def run_rise(recipe: RiseRecipe, *, say: Callable[[str], None], dry_run: bool = 
         for step in plan_steps(recipe):
             say(f"{step.name}: {shlex.join(step.command)}")
         return []
+    _check_inputs(recipe)
     with _only_run(Path(recipe.output_dir)) as lock:
         return _run_all(plan_steps(recipe), say, lock)
+
+
+def _check_inputs(recipe: RiseRecipe) -> None:
+    for name in ("prompts", "non_thinking", "held_out"):
+        try:
+            load_records(getattr(recipe, name))
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+    if recipe.sft_set.expert_file is not None:
+        answers_from_file(Path(recipe.sft_set.expert_file))
 
 
 def _run_all(steps: list[Step], say: Callable[[str], None], lock: int) -> list[dict[str, object]]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from metis_home import MetisHomeForConditionalGeneration
 from metis_home.cli import main
-from metis_home.errors import RecipeError, TrainingError
+from metis_home.errors import DataError, RecipeError, TrainingError
 from metis_home.training.checkpoints import newest_checkpoint
 from metis_home.training.data.records import write_rows
 from metis_home.training.pipeline.rise import LOCK, load_rise_recipe, plan_steps, run_rise
@@ -174,6 +174,16 @@ def test_a_step_that_fails_says_why_and_the_next_try_begins_with_it(interrupted:
     results = run_rise(recipe, say=said.append)
     assert [step["skipped"] for step in results] == [True, True, True, False, True, True]
     assert (steps[3].folder / "model/config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["prompts", "non_thinking", "held_out", "sft_set.expert_file"])
+def test_rows_that_are_not_there_are_missed_before_the_first_step(tmp_path: Path, name: str) -> None:
+    recipe = load_rise_recipe(write_recipe(tmp_path), [f"{name}={tmp_path / 'nowhere.jsonl'}"])
+
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        run_rise(recipe, say=print)
+
+    assert not (tmp_path / "out/1-rl").exists()
 
 
 def test_the_system_prompt_is_one_for_all_stages(interrupted: dict) -> None:
