@@ -12,7 +12,7 @@ from tests.processing.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer
 
 def tiny_processor(tokenizer: PreTrainedTokenizerFast | None = None) -> MetisHomeProcessor:
     """Images of 4 to 64 tokens."""
-    images = Qwen2VLImageProcessorPil(min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28})
     return MetisHomeProcessor(images, tokenizer or tiny_tokenizer())
 
 

@@ -53,7 +53,9 @@ class Echo:
 def tool_processor() -> MetisHomeProcessor:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
-    return MetisHomeProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 84), tokenizer)
+    return MetisHomeProcessor(
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 84}), tokenizer
+    )
 
 
 def caller(processor: MetisHomeProcessor, *, branches: bool = False):

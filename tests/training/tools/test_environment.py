@@ -38,7 +38,9 @@ class Echo:
 
 
 def tiny_processor() -> MetisHomeProcessor:
-    return MetisHomeProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 112), tiny_tokenizer())
+    return MetisHomeProcessor(
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 112}), tiny_tokenizer()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ def qwen_processor(tmp_path_factory: pytest.TempPathFactory) -> MetisHomeProcess
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
     tokenizer = AutoTokenizer.from_pretrained(builder.build(tmp_path_factory.mktemp("qwen") / "tokenizer"))
-    return MetisHomeProcessor(Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 112), tokenizer)
+    return MetisHomeProcessor(
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 112}), tokenizer
+    )
 
 
 def say(conversation: ToolConversation, text: str, **options: bool):
