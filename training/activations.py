@@ -12,9 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen2_5_VLConfig
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger, Qwen2_5_VLVisionBlock
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLPatchMerger,
+    Qwen2_5_VLTextModel,
+    Qwen2_5_VLVisionBlock,
+)
 
 from metis_home.configuration import MetisHomeConfig
 from metis_home.modeling import MetisHomeTextModel
@@ -38,16 +42,25 @@ class ActivationBytes:
 
 
 def count_activations(
-    config: MetisHomeConfig, *, tokens: int, patches: int, dtype: torch.dtype, attention: str = "fused"
+    config: Qwen2_5_VLConfig,
+    *,
+    tokens: int,
+    patches: int,
+    dtype: torch.dtype,
+    attention: str = "fused",
+    logit_bytes: int | None = None,
 ) -> ActivationBytes:
     """Count what one layer of each kind saves.
 
     Args:
+        config: of the two-branch model, or of a dense one.
         tokens: text and visual tokens of the micro-batch, padding included; half of them take each branch.
         patches: pixel patches of its images (4 for each visual token), 0 for none.
         dtype: what the layers compute in.
         attention: "fused" (sdpa, flash attention) or "eager", which keeps T x T weights.
+        logit_bytes: most bytes of float32 logits that are held at once (the others are computed again); None: all.
     """
+    chunk = tokens if logit_bytes is None else min(tokens, max(1, logit_bytes // (4 * config.text_config.vocab_size)))
     element = torch.empty((), dtype=dtype).element_size()
     text, vision = config.text_config, config.vision_config
     one, two = (_decoder_bytes(config, layers, tokens, dtype, attention) for layers in (1, 2))
@@ -57,7 +70,7 @@ def count_activations(
         layer_input=tokens * text.hidden_size * element,
         block_input=patches * vision.hidden_size * element,
         outside=2 * one - two + (_merger_bytes(config, patches, dtype) + tokens * text.hidden_size if patches else 0),
-        head=_head_bytes(config, tokens, dtype),
+        head=_head_bytes(config, chunk, dtype),
     )
 
 
@@ -79,24 +92,28 @@ def saved_bytes(run: Callable[[], object], held: Iterable[Tensor] = ()) -> int:
     return total
 
 
-def _decoder_bytes(config: MetisHomeConfig, layers: int, tokens: int, dtype: torch.dtype, attention: str) -> int:
+def _decoder_bytes(config: Qwen2_5_VLConfig, layers: int, tokens: int, dtype: torch.dtype, attention: str) -> int:
     text = deepcopy(config.text_config)
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = layers, 1, None
     text.layer_types = ["full_attention"] * layers
-    text.ffn_implementation = "torch"
     _count_attention(text, attention)
-    model = _on_meta(lambda: MetisHomeTextModel(text), dtype).train()
+    branches: dict[str, Tensor] = {}
+    if isinstance(config, MetisHomeConfig):
+        text.ffn_implementation = "torch"
+        kind, branches = MetisHomeTextModel, {"branch_ids": torch.tensor([0, 1])}
+    else:
+        kind = Qwen2_5_VLTextModel
+    model = _on_meta(lambda: kind(text), dtype).train()
     # Two rows, so that each branch has one: the costlier case, rows are picked and put back.
     rows = max(1, tokens // 2)
     embeds = torch.empty(2, rows, text.hidden_size, device="meta", dtype=dtype, requires_grad=True)
     positions = torch.empty(3, 2, rows, device="meta", dtype=torch.long)
     return saved_bytes(
-        lambda: model(inputs_embeds=embeds, position_ids=positions, branch_ids=torch.tensor([0, 1]), use_cache=False),
-        _tensors(model),
+        lambda: model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **branches), _tensors(model)
     )
 
 
-def _vision_bytes(config: MetisHomeConfig, patches: int, dtype: torch.dtype, attention: str) -> int:
+def _vision_bytes(config: Qwen2_5_VLConfig, patches: int, dtype: torch.dtype, attention: str) -> int:
     vision = deepcopy(config.vision_config)
     _count_attention(vision, attention)
     block = _on_meta(lambda: Qwen2_5_VLVisionBlock(vision), dtype).train()
@@ -108,7 +125,7 @@ def _vision_bytes(config: MetisHomeConfig, patches: int, dtype: torch.dtype, att
     )
 
 
-def _merger_bytes(config: MetisHomeConfig, patches: int, dtype: torch.dtype) -> int:
+def _merger_bytes(config: Qwen2_5_VLConfig, patches: int, dtype: torch.dtype) -> int:
     vision = config.vision_config
     merger = _on_meta(
         lambda: Qwen2_5_VLPatchMerger(vision.out_hidden_size, vision.hidden_size, vision.spatial_merge_size), dtype
@@ -117,7 +134,7 @@ def _merger_bytes(config: MetisHomeConfig, patches: int, dtype: torch.dtype) -> 
     return saved_bytes(lambda: merger(hidden), _tensors(merger))
 
 
-def _head_bytes(config: MetisHomeConfig, tokens: int, dtype: torch.dtype) -> int:
+def _head_bytes(config: Qwen2_5_VLConfig, tokens: int, dtype: torch.dtype) -> int:
     text = config.text_config
     head = _on_meta(lambda: nn.Linear(text.hidden_size, text.vocab_size, bias=False), dtype)
     hidden = torch.empty(tokens, text.hidden_size, device="meta", dtype=dtype, requires_grad=True)

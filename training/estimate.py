@@ -6,6 +6,8 @@
     gathered    layers that a sharded run has whole at the same time
     activations what the backward pass needs of one micro-batch (`activations.py` counts it)
     head        logits and their gradient, the largest single tensors of a large vocabulary
+    rollouts    Stage-RL: keys and values of what is generated, and weights made whole for it; not at the same time as the
+                three before
 
 Not in it: the allocator's fragmentation, the CUDA context, communication buffers of NCCL; `reserve` (ours, 10 % and
 1.5 GiB) stands for them. Tests compare weights, gradients, optimizer and activations with small real runs.
@@ -14,21 +16,23 @@ Not in it: the allocator's fragmentation, the CUDA context, communication buffer
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from metis_home.configuration import MetisHomeConfig
 from metis_home.errors import RecipeError
 from metis_home.modeling import MetisHomeForConditionalGeneration
 
 from .activations import count_activations
-from .freezing import set_of, trainable_sets
+from .freezing import set_of, sets_trained_by_reward, trainable_sets
+from .logprobs import CHUNK_BYTES
 from .recipe import LoraSection, Recipe
-from .shapes import two_branch_shape
+from .shapes import dense_shape, two_branch_shape
 
 GIB = 2**30
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
@@ -42,6 +46,7 @@ _OPTIMIZERS: dict[str, float | None] = {
     "adamw_8bit": 2.0,
     "sgd": 0.0,
 }
+DENSE_SETS = ("vision", "language")
 # DeepSpeed's default for stage3_max_live_parameters: gathered parameters that stay until others need the room.
 _ZERO3_LIVE_PARAMETERS = 1_000_000_000
 _RESERVE_SHARE, _RESERVE_BYTES = 0.10, int(1.5 * GIB)
@@ -65,6 +70,12 @@ class MemorySettings:
     attention: str = "fused"
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    rollout_tokens: int = 0
+    """Stage-RL: tokens whose keys and values are held at once while this device generates; 0: it does not."""
+    logit_bytes: int | None = None
+    """Stage-RL: most bytes of float32 logits at once; None: those of the whole micro-batch."""
+    reference: bool = False
+    """Stage-RL: a frozen copy of the model for the KL term, whole on every device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +92,19 @@ class MemoryEstimate:
     gathered: int
     activations: int
     head: int
+    rollouts: int
     reserve: int
     host: int
 
     @property
     def device(self) -> int:
-        """All parts on the device, in bytes."""
-        parts = (self.weights, self.gradients, self.optimizer, self.gathered, self.activations, self.head, self.reserve)
-        return sum(parts)
+        """The most that is on the device at one time, in bytes."""
+        update = self.gathered + self.activations + self.head
+        return self.weights + self.gradients + self.optimizer + max(update, self.rollouts) + self.reserve
 
 
 def estimate_memory(
-    config: MetisHomeConfig,
+    config: Qwen2_5_VLConfig,
     settings: MemorySettings,
     *,
     trainable: frozenset[str] | None = None,
@@ -101,9 +113,9 @@ def estimate_memory(
     """Estimate the memory of one training step.
 
     Args:
-        config: the two-branch model's configuration; nothing of its weights is read.
+        config: the model's configuration, two-branch or dense Qwen2.5-VL; nothing of its weights is read.
         settings: engine, types and micro-batch.
-        trainable: names of `freezing.FREEZE_SETS`; None: all.
+        trainable: names of `freezing.FREEZE_SETS`, or, of a dense model, of `DENSE_SETS`; None: all.
         lora: adapters instead of weights.
     Raises:
         RecipeError: an optimizer whose size is not known.
@@ -126,6 +138,7 @@ def estimate_memory(
         patches=4 * settings.visual_tokens,
         dtype=settings.compute,
         attention=settings.attention,
+        logit_bytes=settings.logit_bytes,
     )
     layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
     vision_trains = trainable is None or bool({"vision"} & trainable)
@@ -137,16 +150,18 @@ def estimate_memory(
         activations = layers * counted.decoder_layer + blocks * counted.vision_block * vision_trains
         activations += _autocast_copies(sizes, settings)
     activations += counted.outside
+    reference = sizes.total * weight_bytes * settings.reference
     device_parts = {
-        "weights": 0 if settings.offload_parameters else weights,
+        "weights": (0 if settings.offload_parameters else weights) + reference,
         "gradients": gradients,
         "optimizer": 0 if settings.offload_optimizer else optimizer,
         "gathered": _gathered_bytes(sizes, settings),
         "activations": activations,
         "head": counted.head,
+        "rollouts": _rollout_bytes(config, sizes, settings),
     }
-    reserve = int(_RESERVE_SHARE * sum(device_parts.values())) + _RESERVE_BYTES
-    return MemoryEstimate(parameters=sizes.total, trainable=sizes.trainable, host=host, reserve=reserve, **device_parts)
+    found = MemoryEstimate(parameters=sizes.total, trainable=sizes.trainable, host=host, reserve=0, **device_parts)
+    return replace(found, reserve=int(_RESERVE_SHARE * found.device) + _RESERVE_BYTES)
 
 
 def settings_of(recipe: Recipe, *, devices: int) -> MemorySettings:
@@ -156,15 +171,7 @@ def settings_of(recipe: Recipe, *, devices: int) -> MemorySettings:
         RecipeError: it does not say how long a micro-batch is (`max_tokens_per_batch`, or `max_length`).
     """
     training = recipe.training
-    tokens = training.get("max_tokens_per_batch")
-    if tokens is None:
-        length = training.get("max_length")
-        if length is None:
-            raise RecipeError(
-                "the estimate needs the size of a micro-batch: set training.max_tokens_per_batch, or "
-                "training.max_length with training.per_device_train_batch_size."
-            )
-        tokens = int(length) * int(_number(training.get("per_device_train_batch_size", 1)))  # type: ignore[call-overload]
+    tokens, rollouts = _rl_tokens(recipe) if recipe.stage == "rl" else (_sft_tokens(training), {})
     sharding, offload = _engine(training)
     bf16 = bool(training.get("bf16"))
     stored = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": torch.bfloat16}
@@ -178,50 +185,89 @@ def settings_of(recipe: Recipe, *, devices: int) -> MemorySettings:
         sharding=sharding,
         weights=weights,
         compute=torch.bfloat16 if bf16 else weights,
-        tokens=int(_number(tokens)),
-        visual_tokens=int(_number(tokens)) // 2,
+        tokens=tokens,
+        visual_tokens=tokens // 2,
         gradient_checkpointing=bool(training.get("gradient_checkpointing")),
         optimizer=str(training.get("optim", "adamw_torch_fused")),
         attention="eager" if recipe.model.attn_implementation == "eager" else "fused",
         offload_optimizer="offload_optimizer" in offload,
         offload_parameters="offload_param" in offload,
+        **rollouts,
     )
 
 
-def recipe_config(recipe: Recipe) -> MetisHomeConfig:
+def _sft_tokens(training: Mapping[str, object]) -> int:
+    tokens = training.get("max_tokens_per_batch")
+    if tokens is not None:
+        return int(_number(tokens))
+    length = training.get("max_length")
+    if length is None:
+        raise RecipeError(
+            "the estimate needs the size of a micro-batch: set training.max_tokens_per_batch, or "
+            "training.max_length with training.per_device_train_batch_size."
+        )
+    return int(_number(length)) * int(_number(training.get("per_device_train_batch_size", 1)))
+
+
+def _rl_tokens(recipe: Recipe) -> tuple[int, dict[str, Any]]:
+    """Tokens of a micro-batch of the update, and what generating needs."""
+    defaults = {field.name: field.default for field in fields(recipe.config_class())}
+    value: dict[str, Any] = {**defaults, **recipe.training}
+    tokens = int(value["micro_batch_tokens"])
+    if value["max_prompt_tokens"] is not None:
+        longest = int(value["max_prompt_tokens"]) + int(value["max_completion_tokens"])
+        tokens = min(tokens, longest * int(value["per_device_train_batch_size"]))
+    generates = value["engine"] == "hf"
+    return tokens, {
+        "rollout_tokens": int(value["rollout_batch_tokens"]) if generates else 0,
+        "logit_bytes": CHUNK_BYTES,
+        "reference": bool(value["kl_coef"]) and recipe.lora is None,
+    }
+
+
+def recipe_config(recipe: Recipe) -> Qwen2_5_VLConfig:
     """Configuration of the recipe's model: its checkpoint's, or `model.shape`'s where there is no path yet.
 
     Raises:
         RecipeError: the path cannot be read, or holds another model, and no shape is given.
     """
     path, shape = recipe.model.path, recipe.model.shape
+    takes_dense = recipe.stage == "rl"
     if path:
         try:
-            return MetisHomeConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path) if takes_dense else MetisHomeConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.path {path!r} cannot be read: {error}") from error
+        if not isinstance(config, Qwen2_5_VLConfig):
+            raise RecipeError(f"model.path {path!r} is a {config.model_type} model; the estimate knows Qwen2.5-VL.")
+        return config
     if shape is None:
         raise RecipeError("the estimate needs a model: model.path=DIR, or its size, model.shape=7b (3b, 7b, 32b, 72b).")
-    return two_branch_shape(shape)
+    is_dense = takes_dense and recipe.training.get("thinking") is None
+    return dense_shape(shape) if is_dense else two_branch_shape(shape)
 
 
 def estimate_recipe(recipe: Recipe, *, devices: int) -> MemoryEstimate:
     """`estimate_memory` of a recipe on so many devices.
 
     Raises:
-        RecipeError: see `settings_of` and `recipe_config`; or a recipe of Stage-RL.
+        RecipeError: see `settings_of` and `recipe_config`.
     """
-    if recipe.stage == "rl":
-        raise RecipeError(
-            "the estimate counts a training step on given rows (stages sft and router); this recipe is of stage rl. What "
-            "its rollouts hold (weights made whole, keys and values of rollout_batch_tokens tokens) is not counted."
-        )
-    sets = None
-    if recipe.stage != "router":
-        sets = trainable_sets(recipe.training.get("freeze"), recipe.training.get("train_only"))  # type: ignore[arg-type]
-    return estimate_memory(
-        recipe_config(recipe), settings_of(recipe, devices=devices), trainable=sets, lora=recipe.lora
-    )
+    config = recipe_config(recipe)
+    settings = settings_of(recipe, devices=devices)
+    return estimate_memory(config, settings, trainable=_trained_sets(recipe, config), lora=recipe.lora)
+
+
+def _trained_sets(recipe: Recipe, config: Qwen2_5_VLConfig) -> frozenset[str] | None:
+    training: Mapping[str, Any] = recipe.training
+    freeze, train_only = training.get("freeze"), training.get("train_only")
+    if recipe.stage == "router":
+        return None
+    if recipe.stage == "sft":
+        return trainable_sets(freeze, train_only)
+    if isinstance(config, MetisHomeConfig):
+        return sets_trained_by_reward(training.get("thinking"), freeze, train_only)
+    return frozenset({"language"}) if training.get("freeze_vision", True) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +278,15 @@ class _Sizes:
     layer: int  # in the largest decoder layer
 
 
-def _sizes(config: MetisHomeConfig, trainable: frozenset[str] | None, lora: LoraSection | None) -> _Sizes:
+def _sizes(config: Qwen2_5_VLConfig, trainable: frozenset[str] | None, lora: LoraSection | None) -> _Sizes:
+    has_branches = isinstance(config, MetisHomeConfig)
+    set_name = set_of if has_branches else _dense_set_of
     with torch.device("meta"):
-        model = MetisHomeForConditionalGeneration(config)
+        model: Any = (MetisHomeForConditionalGeneration if has_branches else Qwen2_5_VLForConditionalGeneration)(config)
     parameters = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
     if lora is None:
-        trained = sum(p.numel() for name, p in parameters.items() if trainable is None or set_of(name) in trainable)
+        trained = sum(p.numel() for name, p in parameters.items() if trainable is None or set_name(name) in trainable)
     else:
         adapters = _adapter_size(model, lora)
         router = sum(p.numel() for name, p in parameters.items() if set_of(name) == "router")
@@ -246,6 +294,10 @@ def _sizes(config: MetisHomeConfig, trainable: frozenset[str] | None, lora: Lora
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     layer = sum(parameter.numel() for parameter in model.model.language_model.layers[0].parameters())
     return _Sizes(total, trained, linear, layer)
+
+
+def _dense_set_of(parameter_name: str) -> str:
+    return "vision" if ".visual." in f".{parameter_name}" else "language"
 
 
 def _adapter_size(model: nn.Module, lora: LoraSection) -> int:
@@ -277,6 +329,18 @@ def _gathered_bytes(sizes: _Sizes, settings: MemorySettings) -> int:
     if settings.sharding == "fsdp2":
         return 3 * sizes.layer * settings.compute.itemsize  # this layer, the prefetched one, one layer's gradients
     return 0
+
+
+def _rollout_bytes(config: Qwen2_5_VLConfig, sizes: _Sizes, settings: MemorySettings) -> int:
+    """What generating takes: keys and values, and beside a rank's own shares all weights (`distributed/whole.py`)."""
+    if not settings.rollout_tokens:
+        return 0
+    text = config.text_config
+    head_size = text.hidden_size // text.num_attention_heads
+    each = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * settings.compute.itemsize
+    gathered_as = {"zero3": settings.weights, "fsdp2": settings.compute}.get(settings.sharding)
+    whole = sizes.total * gathered_as.itemsize if gathered_as is not None else 0
+    return settings.rollout_tokens * each + whole + _autocast_copies(sizes, settings)
 
 
 def _autocast_copies(sizes: _Sizes, settings: MemorySettings) -> int:

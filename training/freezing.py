@@ -89,6 +89,25 @@ def trainable_sets(freeze: Sequence[str] | None = None, train_only: Sequence[str
     return frozenset(set(FREEZE_SETS) - frozen)
 
 
+def sets_trained_by_reward(
+    thinking: bool | str | None, freeze: Sequence[str] | None = None, train_only: Sequence[str] | None = None
+) -> frozenset[str]:
+    """Return the sets of a two-branch model that Stage-RL trains.
+
+    Args:
+        thinking: which branch answers, as in `MetisRLConfig`. Without `freeze` and `train_only` that branch trains; both
+            where it differs among rollouts, and the router where its decisions are drawn.
+    Raises:
+        RecipeError: see `trainable_sets`.
+    """
+    if freeze or train_only:
+        return trainable_sets(freeze, train_only)
+    if isinstance(thinking, bool):
+        return frozenset({"thinking_branch" if thinking else "non_thinking_branch"})
+    both = frozenset({"thinking_branch", "non_thinking_branch"})
+    return both | {"router"} if thinking == "sample" else both
+
+
 def freeze_parameters(model: nn.Module, trainable: frozenset[str]) -> dict[str, int]:
     """Set `requires_grad` of every parameter and return how many numbers train, {set: count}.
 

@@ -3,7 +3,9 @@
 Source: the `config.json` of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct.
 """
 
-from typing import Literal
+from typing import Any, Literal
+
+from transformers import Qwen2_5_VLConfig
 
 from metis_home.configuration import MetisHomeConfig
 
@@ -28,6 +30,15 @@ _VISION_FFN = {"3b": 3420, "7b": 3420, "32b": 3456, "72b": 3456}
 
 def two_branch_shape(size: Size) -> MetisHomeConfig:
     """Configuration of the two-branch model that a dense Qwen2.5-VL of this size becomes."""
+    return MetisHomeConfig(**_sections(size))
+
+
+def dense_shape(size: Size) -> Qwen2_5_VLConfig:
+    """Configuration of the dense Qwen2.5-VL of this size."""
+    return Qwen2_5_VLConfig(**_sections(size))
+
+
+def _sections(size: Size) -> dict[str, Any]:
     text = dict(zip(_FIELDS, _TEXT[size], strict=True))
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1_000_000.0}
     vision = {
@@ -38,8 +49,8 @@ def two_branch_shape(size: Size) -> MetisHomeConfig:
         "out_hidden_size": text["hidden_size"],
         "fullatt_block_indexes": [7, 15, 23, 31],
     }
-    return MetisHomeConfig(
-        text_config={**text, "rope_parameters": rope, "max_position_embeddings": 128_000},
-        vision_config=vision,
-        tie_word_embeddings=size == "3b",
-    )
+    return {
+        "text_config": {**text, "rope_parameters": rope, "max_position_embeddings": 128_000},
+        "vision_config": vision,
+        "tie_word_embeddings": size == "3b",
+    }

@@ -102,6 +102,11 @@ def _table(found: "MemoryEstimate", devices: int) -> str:
         ("head", found.head, "logits and their gradient"),
         ("reserve", found.reserve, "fragmentation, CUDA context, buffers (ours: 10 % + 1.5 GiB)"),
     ]
+    if found.rollouts:
+        rows.insert(
+            -1,
+            ("rollouts", found.rollouts, "while generating, instead of the three before"),
+        )
     lines = [f"{found.parameters / 1e9:.2f} B parameters, {found.trainable / 1e9:.2f} B train, {devices} devices"]
     lines += [f"  {name:12} {size / GIB:8.2f} GiB  {note}".rstrip() for name, size, note in rows]
     if found.host:

@@ -38,11 +38,36 @@ def test_an_estimate_needs_no_checkpoint(capsys) -> None:
     assert found["fits"]
 
 
-def test_no_estimate_is_made_up_for_rollouts(capsys) -> None:
-    status, out, err = run(capsys, "train", "rise_rl.yaml", "--estimate", "model.shape=7b")
-    assert status == 1
-    assert out == ""
-    assert "stage rl" in err
+def estimated(capsys, *settings: str) -> dict:
+    status, out, _ = run(capsys, "train", "rise_rl.yaml", "--estimate", "--json", "model.shape=7b", *settings)
+    assert status == 0
+    return json.loads(out)
+
+
+def test_an_estimate_of_stage_rl_counts_what_is_larger_the_update_or_the_rollouts(capsys) -> None:
+    found = estimated(capsys)
+
+    assert found["parameters"] == 8_292_166_656  # the dense Qwen2.5-VL-7B of the hub
+    assert found["trainable"] == found["parameters"] - 676_550_144  # but for its vision tower
+    # 262,144 tokens of 28 layers with 4 heads of 128: keys and values in bfloat16; and autocast's copies of matrices
+    assert found["rollouts"] > 262_144 * 28 * 4 * 128 * 2 * 2
+    update = found["gathered"] + found["activations"] + found["head"]
+    kept = found["weights"] + found["gradients"] + found["optimizer"] + found["reserve"]
+    assert found["device"] == kept + max(update, found["rollouts"])
+
+
+def test_an_estimate_of_stage_rl_follows_its_settings(capsys) -> None:
+    plain = estimated(capsys)
+
+    assert estimated(capsys, "training.engine=server", "training.server_urls=[http://x]")["rollouts"] == 0
+    with_reference = estimated(capsys, "training.kl_coef=0.1")
+    assert with_reference["weights"] == 2 * plain["weights"]
+    shorter = estimated(capsys, "training.per_device_train_batch_size=1", "training.micro_batch_tokens=100000")
+    assert shorter["activations"] < plain["activations"]  # one rollout of 3,000 + 4,096 tokens at most
+    one_branch = estimated(capsys, "training.thinking=true")
+    assert one_branch["trainable"] == 28 * 3 * 3584 * 18944
+    sharded = estimated(capsys, "training.deepspeed=zero3.json", "--devices", "8")
+    assert sharded["rollouts"] == 262_144 * 28 * 4 * 128 * 2 * 2 + 2 * plain["parameters"]  # whole while generating
 
 
 def test_an_estimate_says_when_it_does_not_fit(capsys) -> None:

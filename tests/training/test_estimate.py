@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from metis_home import MetisHomeConfig, MetisHomeForConditionalGeneration
 from metis_home.training.activations import saved_bytes
@@ -150,3 +151,58 @@ def test_what_is_offloaded_leaves_the_device_for_the_host() -> None:
     assert (moved.optimizer, moved.weights) == (0, 0)
     assert moved.host == kept.optimizer + kept.weights
     assert moved.device < kept.device
+
+
+def dense_config() -> Qwen2_5_VLConfig:
+    made = model_fields(processor().tokenizer)
+    made["text_config"] |= SHAPE
+    made["vision_config"] |= VISION
+    return Qwen2_5_VLConfig(**made)
+
+
+def dense() -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(dense_config()).train()
+
+
+@pytest.mark.parametrize("sets", [None, frozenset({"language"})])
+def test_dense_models_are_counted_to_the_byte(sets: frozenset[str] | None) -> None:
+    model = dense()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(sets is None or ".visual." not in name)
+
+    estimate = estimate_memory(dense_config(), settings(0), trainable=sets)
+
+    assert (estimate.weights, estimate.gradients, estimate.optimizer) == step_bytes(model, model.parameters())
+    assert estimate.rollouts == 0
+
+
+@pytest.mark.parametrize("images", [0, 4])
+def test_a_dense_models_activations_are_those_of_a_real_step(images: int) -> None:
+    model, inputs = dense(), batch(600, images)
+    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "router_labels")}
+    held = [*model.parameters(), *model.buffers(), *inputs.values()]
+    saved = saved_bytes(lambda: model.model(**inputs), held)
+
+    estimate = estimate_memory(dense_config(), settings(images, gradient_checkpointing=False))
+
+    assert estimate.activations == pytest.approx(saved, rel=0.1)
+
+
+def test_rollouts_hold_the_keys_and_values_of_their_tokens() -> None:
+    with torch.no_grad():
+        cache = dense().eval()(input_ids=torch.full((3, 40), 65), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    estimate = estimate_memory(dense_config(), settings(0, rollout_tokens=3 * 40))
+
+    assert estimate.rollouts == held
+
+
+def test_a_head_in_chunks_holds_one_chunk() -> None:
+    vocabulary = dense_config().text_config.vocab_size
+    few = estimate_memory(dense_config(), settings(0, tokens=100))
+
+    chunked = estimate_memory(dense_config(), settings(0, logit_bytes=100 * 4 * vocabulary))
+
+    assert chunked.head == few.head

@@ -10,10 +10,8 @@ from torch import nn
 from metis_home.branch import Branch
 from metis_home.errors import RecipeError
 
-from ..freezing import freeze_parameters, trainable_sets
+from ..freezing import freeze_parameters, sets_trained_by_reward
 from .config import MetisRLConfig
-
-_BRANCH_SETS = {True: "thinking_branch", False: "non_thinking_branch"}
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -39,7 +37,7 @@ def choose_parts(model: nn.Module, args: MetisRLConfig) -> bool:
         raise RecipeError("freeze and train_only name parts of the two-branch model; dense models have freeze_vision")
     if base is model:  # adapters have frozen the rest already
         if has_branches:
-            freeze_parameters(base, _trainable(args))
+            freeze_parameters(base, sets_trained_by_reward(args.thinking, args.freeze, args.train_only))
         elif args.freeze_vision:
             for name, parameter in base.named_parameters():
                 if ".visual." in f".{name}":
@@ -54,15 +52,6 @@ def choose_parts(model: nn.Module, args: MetisRLConfig) -> bool:
             "Set thinking: sample, or freeze the router (freeze: [router])."
         )
     return trains_router
-
-
-def _trainable(args: MetisRLConfig) -> frozenset[str]:
-    if args.freeze or args.train_only:
-        return trainable_sets(args.freeze, args.train_only)
-    if isinstance(args.thinking, bool):
-        return frozenset({_BRANCH_SETS[args.thinking]})
-    both = frozenset(_BRANCH_SETS.values())
-    return both | {"router"} if args.thinking == "sample" else both
 
 
 class Reference:
