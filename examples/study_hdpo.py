@@ -1,4 +1,4 @@
-"""The pico study of HDPO: `make study-rl` runs it (CPU, one process of one thread; about ten minutes of one core).
+"""The pico study of HDPO: `make study-rl` runs it (CPU, one process of one thread; a few minutes of one core).
 
 Does a policy that calls its tool nearly always learn to call it only where it must? From the same taught start, HDPO
 with the efficiency loss (w_tool = 0.15, the reference's) against HDPO without it (w_tool = 0), three seeds; greedy
@@ -10,15 +10,12 @@ Exit status 1 if the goal is missed.
 """
 
 import argparse
-import json
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pico.program import ROOT, environment, write_report
 from pico.stages import Json, Study
 from pico.tool_task import (
     KINDS,
@@ -43,7 +41,6 @@ from pico.tool_task import (
 )
 
 logger = logging.getLogger("study")
-ROOT = Path(__file__).resolve().parents[1]
 CURVES = ("reward", "tool_calls", "rewards/accuracy_reward/mean", "entropy", "clip/low", "clip/high")
 
 
@@ -91,8 +88,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a few steps: tries the machinery, meets no goal")
     arguments = parser.parse_args()
     report = run_study(arguments.out, tiny_plan() if arguments.tiny else Plan())
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(arguments.json, report)
     draw(report, arguments.image)
     print_report(report)
     return 0 if report["passed"] else 1
@@ -112,7 +108,7 @@ def run_study(out: Path, plan: Plan) -> Json:
         "plan": asdict(plan),
         "seeds": runs,
         "cpu_seconds": sum(stage["cpu_seconds"] for run in runs for stage in (run["start"], *run["arms"].values())),
-        "environment": environment(),
+        "environment": environment(threads=1),
     }
 
 
@@ -252,23 +248,6 @@ def _bars(axis: Any, place: int, values: Sequence[Sequence[float]], color: str, 
         at = number + 0.25 * place
         axis.bar(at, sum(seeds) / len(seeds), 0.23, color=color, label=label if number == 0 else None)
         axis.plot([at] * len(seeds), seeds, "k.", markersize=3)
-
-
-def environment() -> Json:
-    """Versions and hardware."""
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line for line in lines if line.startswith("model name")), "unknown").split(":")[-1]
-    return {
-        "metis_home": version("metis_home"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": model.strip(),
-        "threads": 1,
-    }
 
 
 def print_report(report: Json) -> None:

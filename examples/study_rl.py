@@ -11,10 +11,7 @@ again. Every stage is done once: started again, the study goes on where it stopp
 Exit status 1 if a goal is missed.
 """
 
-import argparse
-import json
 import logging
-import multiprocessing
 import os
 import sys
 import time
@@ -29,11 +26,12 @@ import study_sft
 from pico.dense import DenseSettings, train_dense, write_encoded
 from pico.families import write_part
 from pico.hasty import write_hasty_rows
+from pico.program import environment, one_thread, run_jobs, shared_arguments, write_report
 from pico.rl import RLSettings, judge_control, judge_controls, judge_rl, measure, train_grpo
 from pico.rl_rise import RiseSettings, run_pipeline, write_rise_data
 from pico.sft import image_hashes, read
 from pico.stages import Json, Study
-from study_sft import ROOT, dense_stage, environment, one_thread, prepare
+from study_sft import dense_stage, prepare
 
 logger = logging.getLogger("study")
 RISE_SEED = 0
@@ -42,30 +40,19 @@ SHARED = ("data", "words", "tower", "encoded")
 
 def main() -> int:
     """Run the study; 0 if every goal is met."""
-    parser = argparse.ArgumentParser(description="Stage-RL and RISE on pico models: does verified reward teach?")
-    parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "study-sft", metavar="DIR", help="working folder")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/study-rl.json", metavar="FILE")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs/images", metavar="DIR", help="where plots go")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
-    parser.add_argument("--tiny", action="store_true", help="a few steps: tries the machinery, meets no goal")
-    arguments = parser.parse_args()
+    arguments = shared_arguments("Stage-RL and RISE on pico models: does verified reward teach?", "study-rl.json")
     started = time.perf_counter()
     one_thread()
     plan = tiny_plan() if arguments.tiny else Plan()
 
     data = prepare_rl(Study(arguments.out), plan)
     jobs = [(arguments.out, plan, seed, coin) for coin in (None, *plan.coins) for seed in plan.base.seeds]
-    if arguments.workers == 1:
-        runs = [run_seed(*job) for job in jobs]
-    else:
-        with multiprocessing.get_context("spawn").Pool(arguments.workers, initializer=one_thread) as pool:
-            runs = pool.starmap(run_seed, jobs, chunksize=1)
+    runs = run_jobs(run_seed, jobs, arguments.workers)
     seeds, controls = runs[: len(plan.base.seeds)], runs[len(plan.base.seeds) :]
     report = conclude(Study(arguments.out), plan, data, seeds, controls, run_rise(arguments.out, plan))
     report["seconds"] = time.perf_counter() - started
-    report["environment"] = environment(arguments.workers)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report["environment"] = environment(workers=arguments.workers)
+    write_report(arguments.json, report)
     from pico.rl_figures import draw
 
     draw(report, arguments.images)

@@ -11,16 +11,11 @@ the study goes on where it stopped.
 Exit status 1 if a goal is missed.
 """
 
-import argparse
-import json
 import logging
-import multiprocessing
 import os
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pico.dense import DenseSettings, TowerSettings, train_dense, write_encoded, write_tower
 from pico.families import Sizes, write_families
+from pico.program import environment, one_thread, run_jobs, shared_arguments, write_report
 from pico.sft import (
     SFTSettings,
     answers,
@@ -48,7 +44,6 @@ from pico.summary import judge, summarize
 from metis_home.router_layout import DEFAULT_POOLING
 
 logger = logging.getLogger("study")
-ROOT = Path(__file__).resolve().parents[1]
 MODES = ("auto", "on", "off")
 POOLINGS = ("mean", "attention")
 CONTROL_SEED = 0
@@ -56,13 +51,7 @@ CONTROL_SEED = 0
 
 def main() -> int:
     """Run the study; 0 if every goal is met."""
-    parser = argparse.ArgumentParser(description="Stage-SFT on a pico model: does the router choose well?")
-    parser.add_argument("--out", type=Path, default=ROOT / ".cache" / "study-sft", metavar="DIR", help="working folder")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/study-sft.json", metavar="FILE")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs/images", metavar="DIR", help="where plots go")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
-    parser.add_argument("--tiny", action="store_true", help="a few steps: tries the machinery, meets no goal")
-    arguments = parser.parse_args()
+    arguments = shared_arguments("Stage-SFT on a pico model: does the router choose well?", "study-sft.json")
     started = time.perf_counter()
     one_thread()
     plan = tiny_plan() if arguments.tiny else Plan()
@@ -70,18 +59,13 @@ def main() -> int:
     shared = Study(arguments.out)
     text_only = prepare(shared, plan)
     jobs = [(arguments.out, plan, seed, False) for seed in plan.seeds] + [(arguments.out, plan, CONTROL_SEED, True)]
-    if arguments.workers == 1:
-        *runs, control = [run_seed(*job) for job in jobs]
-    else:
-        with multiprocessing.get_context("spawn").Pool(arguments.workers, initializer=one_thread) as pool:
-            *runs, control = pool.starmap(run_seed, jobs, chunksize=1)
+    *runs, control = run_jobs(run_seed, jobs, arguments.workers)
 
     report = conclude(plan, text_only, runs, control)
     report["seconds"] = time.perf_counter() - started
     report["cpu_seconds"] = shared.cpu_seconds(lambda stage: not stage.startswith(("rl-", "rise")))
-    report["environment"] = environment(arguments.workers)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report["environment"] = environment(workers=arguments.workers)
+    write_report(arguments.json, report)
     from pico.figures import draw
 
     draw(report, arguments.images)
@@ -109,14 +93,6 @@ def tiny_plan() -> Plan:
         dense=DenseSettings(steps=3),
         sft=SFTSettings(steps=3, router_steps=3, max_new_tokens=6),
     )
-
-
-def one_thread() -> None:
-    """A worker uses one core."""
-    import torch
-
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
 
 
 def prepare(study: Study, plan: Plan) -> Json:
@@ -247,27 +223,6 @@ def conclude(plan: Plan, shared: Json, runs: list[Json], control: Json) -> Json:
         "seeds": seeds,
         "control": {**control, "goals": failing},
     }
-
-
-def environment(workers: int) -> Json:
-    """Versions and hardware."""
-    import torch
-    import transformers
-
-    model = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown").split(":")[-1]
-    return {
-        "metis_home": version("metis_home"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cpu": model.strip(),
-        "cores": os.cpu_count(),
-        "workers": workers,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def print_report(report: Json) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.vllm.engine_environment import engine_environment
+
 PYTHON = os.environ.get("VLLM_TEST_PYTHON", "")
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -124,17 +126,7 @@ def run_engine(directory: Path, prompts: list[dict], work: Path) -> list[dict]:
     """Start the engine in its own environment and return its answers."""
     request = work / f"{directory.name}.json"
     request.write_text(json.dumps([{"token_ids": p["token_ids"], "image": p["image"]} for p in prompts]))
-    environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{max(0, (os.cpu_count() or 2) - 1)}",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
+    environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [PYTHON, str(Path(__file__).with_name("engine.py")), str(directory), str(request)]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]

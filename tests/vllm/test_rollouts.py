@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.vllm.engine_environment import engine_environment
+
 PYTHON = os.environ.get("VLLM_TEST_PYTHON", "")
 pytestmark = [
     pytest.mark.vllm,
@@ -44,17 +46,7 @@ def server(work: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
-    environment |= {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{max(0, (os.cpu_count() or 2) - 1)}",
-    }
+    environment = engine_environment() | {"VLLM_SERVER_DEV_MODE": "1"}
     options = {
         "--model": str(work / "dense"),
         "--host": "127.0.0.1",
