@@ -287,7 +287,7 @@ def test_a_signal_ends_it_cleanly(number: int, status: int, sources: tuple[Path,
     for _ in range(12):  # the first shards are finished
         process.stdout.readline()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
 
     assert process.returncode == status
     assert "Traceback" not in errors

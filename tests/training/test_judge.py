@@ -139,12 +139,10 @@ def test_a_wrong_key_is_not_tried_again(server) -> None:
 
 
 def test_a_server_that_hangs_is_left_after_the_time_limit(server) -> None:
-    server.replies = [1.5, "INCORRECT"]
-    judge = judge_at(server.url, timeout_seconds=0.3)
-    start = time.monotonic()
+    server.replies = [6.0, "INCORRECT"]
+    judge = judge_at(server.url, timeout_seconds=2.0)
 
-    assert judge.verdict("q", "a", "b").correct is False
-    assert time.monotonic() - start < 10
+    assert judge.verdict("q", "a", "b").correct is False  # a second try; the first would have said CORRECT
     assert judge.take_counts()["judge/retries"] == 1
 
 

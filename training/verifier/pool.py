@@ -15,9 +15,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from metis_home.errors import EngineError
 
@@ -25,7 +28,8 @@ Status = Literal[
     "equal", "different", "prediction_unreadable", "gold_unreadable", "prediction_too_long", "gold_too_long"
 ]
 
-SECONDS_PER_ITEM = 2.0  # wall clock; a usual item takes 1 to 5 ms
+SECONDS_PER_ITEM = 2.0  # of processor time, so that no reward depends on the machine's load; usual are 1 to 5 ms
+WALL_FACTOR = 10.0  # wall clock over processor time at which an item is given up all the same; ours
 SECONDS_TO_START = 60.0  # importing sympy, on a busy machine
 MEMORY_PER_WORKER = 1 << 30  # bytes of address space
 MAX_WORKERS = 8
@@ -45,7 +49,8 @@ class MathPool:
 
     Args:
         workers: most processes at a time; None: half the cores, at most 8.
-        seconds: wall clock for one item, after which its worker is killed.
+        seconds: processor time for one item, after which its worker is killed; so it is after `WALL_FACTOR` times as
+            long by the wall clock, whatever it waits for.
     """
 
     def __init__(self, workers: int | None = None, seconds: float = SECONDS_PER_ITEM) -> None:
@@ -59,7 +64,8 @@ class MathPool:
         self._closed = False
 
     def compare(self, gold: str, prediction: str, tolerance: float | None = None) -> Comparison:
-        """Compare two texts, each LaTeX inside `$...$`; blocks until a worker is free, then at most `seconds`.
+        """Compare two texts, each LaTeX inside `$...$`; blocks until a worker is free, then as long as one
+        item may take (`seconds` above).
 
         Raises:
             EngineError: a worker cannot be started: math-verify is missing, or the pool is closed.
@@ -136,11 +142,17 @@ class _Worker:
             start_new_session=True,
         )
         try:
-            # The worker's own timer is the second line: it works when this process is gone.
+            # The worker's own timers are the second line: they work when this process is gone.
             self._send(
-                {"path": [p or os.getcwd() for p in sys.path], "memory": MEMORY_PER_WORKER, "seconds": seconds + 1}
+                {
+                    "path": [p or os.getcwd() for p in sys.path],
+                    "memory": MEMORY_PER_WORKER,
+                    "processor": seconds + 1,
+                    "wall": WALL_FACTOR * seconds + 1,
+                }
             )
-            hello = self._receive(time.monotonic() + SECONDS_TO_START)
+            started = time.monotonic()
+            hello = self._receive(lambda: started + SECONDS_TO_START - time.monotonic())
         except BaseException:
             self.kill()
             raise
@@ -153,13 +165,18 @@ class _Worker:
         return self.process.poll() is None
 
     def compare(self, gold: str, prediction: str, tolerance: float | None, seconds: float) -> Comparison:
-        start = time.monotonic()
+        start, used = time.monotonic(), self._processor_seconds()
+
+        def left() -> float:
+            waited, worked = time.monotonic() - start, self._processor_seconds() - used
+            return min(WALL_FACTOR * seconds - waited, seconds - worked)
+
         self._number += 1
         gold_read: bool | None = None
         result: str | None = None
         self._send({"id": self._number, "gold": gold, "prediction": prediction, "tolerance": tolerance})
         while result is None:
-            reply = self._receive(start + seconds)
+            reply = self._receive(left)
             if reply is None:
                 self.kill()
                 break
@@ -182,15 +199,23 @@ class _Worker:
         with contextlib.suppress(OSError):
             self.process.stdin.write(data)
 
-    def _receive(self, deadline: float) -> dict[str, object] | None:
-        """The next reply, or None where the deadline passed or the worker ended."""
+    def _processor_seconds(self) -> float:
+        with contextlib.suppress(psutil.Error):  # it has ended: the closed pipe tells
+            times = psutil.Process(self.process.pid).cpu_times()
+            return float(times.user + times.system)
+        return 0.0
+
+    def _receive(self, left: Callable[[], float]) -> dict[str, object] | None:
+        """The next reply, or None where no seconds are `left` or the worker ended."""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._unread:
-                left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                seconds = left()
+                if seconds <= 0:
                     return None
+                if not selector.select(max(seconds, 0.01)):
+                    continue
                 data = os.read(self.process.stdout.fileno(), 65536)
                 if not data:
                     return None

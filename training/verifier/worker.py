@@ -1,10 +1,11 @@
 """The program that runs math-verify in its own process. Started by `pool.py` by its path; imports nothing of metis_home.
 
-Lines of JSON. The first on stdin is `{"path": sys.path, "memory": bytes, "seconds": s}`, answered with `{"ready": true}`
-or `{"missing": why}`. Then each `{"id", "gold", "prediction", "tolerance"}` is answered with `{"id", "gold_read": bool}`
-as soon as the gold is parsed, and with `{"id", "result": "equal" | "different" | "unreadable"}`.
+Lines of JSON. The first on stdin is `{"path": sys.path, "memory": bytes, "processor": seconds, "wall": seconds}`,
+answered with `{"ready": true}` or `{"missing": why}`. Then each `{"id", "gold", "prediction", "tolerance"}` is answered
+with `{"id", "gold_read": bool}` as soon as the gold is parsed, and with
+`{"id", "result": "equal" | "different" | "unreadable"}`.
 
-It may hang or eat memory on what a policy writes, so it is built to be killed: a kernel timer ends it even while Python
+It may hang or eat memory on what a policy writes, so it is built to be killed: kernel timers end it even while Python
 cannot run (a huge power holds the interpreter) and the parent is gone; the end of stdin ends it when it is idle.
 """
 
@@ -37,7 +38,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         number = request["id"]
-        _set_alarm(settings["seconds"])
+        _set_alarm(settings["processor"], settings["wall"])
         try:
             result = _compare(
                 request["gold"],
@@ -46,7 +47,7 @@ def main() -> None:
                 lambda read, number=number: _say(replies, {"id": number, "gold_read": read}),
             )
         finally:
-            _set_alarm(0)
+            _set_alarm(0, 0)
         _say(replies, {"id": number, "result": result})
 
 
@@ -111,10 +112,11 @@ def _say(replies: IO[str], message: dict[str, object]) -> None:
     replies.flush()
 
 
-def _set_alarm(seconds: float) -> None:
-    # No handler: SIGALRM's default action ends the process in the kernel.
+def _set_alarm(processor: float, wall: float) -> None:
+    # No handler: the default action of SIGPROF and SIGALRM ends the process in the kernel.
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, processor)
+        signal.setitimer(signal.ITIMER_REAL, wall)
 
 
 def _limit_memory(limit: int) -> None:

@@ -23,9 +23,9 @@ def read_rows_for_ever(way: str) -> None:
 
 def main() -> None:
     way = sys.argv[1]
-    watchdog._ANSWER_SECONDS, watchdog._LAST_RESORT_SECONDS = 2.0, 3.0
+    watchdog._ANSWER_SECONDS, watchdog._LAST_RESORT_SECONDS = 4.0, 5.0
     dist.init_process_group("gloo")
-    dog = Watchdog.of_process_group(1.5, poll_seconds=0.2)
+    dog = Watchdog.of_process_group(4.0, poll_seconds=0.2)
     for step in range(1, 4):
         dog.enter("micro-batch 1 of 1", step=step, rows=f"row-{2 * step + dist.get_rank()}")
         if step == 3 and dist.get_rank() == 1:

@@ -23,7 +23,7 @@ from tests.training.rl.pico_rl import dense, picture, processor, two_branch
 from tests.training.rollouts.local_server import LocalServer, running, twin
 
 PROCESSOR = processor()
-QUICK = ServerSettings(timeout_seconds=20, tries=3, backoff_seconds=0.01, concurrency=4)
+QUICK = ServerSettings(timeout_seconds=120, tries=3, backoff_seconds=0.01, concurrency=4)
 
 
 def prompts() -> list[Prompt]:

@@ -252,7 +252,7 @@ class Broken(Echo):
             return "just a text"
         if self.how == "hang":
             assert self.wait is not None
-            self.wait.wait(30)
+            self.wait.wait(600)
             context.files["late"] = b"x"
         images = {"thin image": (4000, 3), "empty image": (0, 0)}
         if self.how in images:
@@ -290,7 +290,7 @@ def test_a_failing_tool_is_an_observation(how: str, words: str, caplog) -> None:
     assert {"hang": "left behind", "raise": "secret detail"}.get(how, "tool") in caplog.text  # the log has it all
     if "image" not in how:
         assert built.take_metrics()["tools/failures"] == 1
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 300
 
 
 def test_a_call_that_comes_back_too_late_changes_nothing() -> None:
@@ -307,15 +307,17 @@ def test_a_call_that_comes_back_too_late_changes_nothing() -> None:
 
 
 def test_tools_run_at_the_same_time_but_no_more_than_allowed() -> None:
-    running, most, lock = [0], [0], threading.Lock()
+    running, most, changed = [0], [0], threading.Condition()
 
     class Slow(Echo):
         def run(self, arguments, context):
-            with lock:
+            with changed:
                 running[0] += 1
                 most[0] = max(most[0], running[0])
-            time.sleep(0.05)
-            with lock:
+                changed.notify_all()
+                changed.wait_for(lambda: most[0] >= 3, timeout=60)
+            time.sleep(0.05)  # a fourth would come now
+            with changed:
                 running[0] -= 1
             return ToolResult(text="done")
 

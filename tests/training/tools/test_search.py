@@ -254,7 +254,7 @@ def test_a_service_that_trickles_is_given_up_in_time(service: str) -> None:
     with pytest.raises(EngineError):
         ask(service + "/slow", seconds=0.5)
 
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 8  # the whole answer would take 10 s and more
 
 
 def test_redirects_stay_on_the_host(service: str) -> None:

@@ -38,7 +38,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 10.0) -> bool:
+def wait_until_gone(pids: list[int], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -50,7 +50,7 @@ def run_script(tmp_path, source: str) -> subprocess.CompletedProcess[str]:
     script.write_text(textwrap.dedent(source))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
     )
 
 
@@ -61,29 +61,55 @@ def test_no_worker_starts_before_it_is_needed() -> None:
 def test_a_bomb_is_killed_in_time_and_its_worker_replaced(pool) -> None:
     pool.compare("$x$", "$x$")
     before, killed = pool.process_ids(), pool.killed
-    start = time.monotonic()
 
     comparison = pool.compare("$5$", BOMB)
 
     assert comparison.status == "prediction_too_long"
-    assert comparison.seconds < 10
-    assert time.monotonic() - start > 0.9
+    assert comparison.seconds > 0.9
     assert pool.killed == killed + 1
     assert pool.compare("$x+1$", "$1+x$").status == "equal"
     assert set(before) - set(pool.process_ids())
     assert wait_until_gone(sorted(set(before) - set(pool.process_ids())))
 
 
+def test_a_worker_that_only_waits_for_the_machine_is_not_blamed(pool) -> None:
+    pool.compare("$x$", "$x$")
+    workers = pool.process_ids()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    later = threading.Timer(1.5, lambda: [os.kill(pid, signal.SIGCONT) for pid in workers])
+    later.start()
+
+    comparison = pool.compare("$x+1$", "$1+x$")
+    later.join()
+
+    assert comparison.status == "equal"
+    assert comparison.seconds > 1.2  # more than an item may compute
+    assert pool.process_ids() == workers
+
+
+def test_a_worker_that_waits_for_ever_is_given_up() -> None:
+    pool = MathPool(workers=1, seconds=0.1)
+    pool.compare("$x$", "$x$")
+    for pid in pool.process_ids():
+        os.kill(pid, signal.SIGSTOP)
+
+    comparison = pool.compare("$x+1$", "$1+x$")
+    pool.close()
+
+    assert comparison.status == "gold_too_long"
+    assert comparison.seconds >= 10 * 0.1
+
+
 def test_a_timed_out_prediction_is_wrong_and_a_timed_out_gold_is_none() -> None:
     slow = r"\binom{10^9}{10^8}"  # nothing in it looks dangerous: it passes the guards
-    prediction = verify_answer(slow, "x^2")
-    start = time.monotonic()
+    prediction, killed = verify_answer(slow, "x^2"), shared_pool().killed
     again = verify_answer(slow, "x^2")
 
     assert (prediction.correct, prediction.outcome, prediction.method) == (False, "timed_out", "expression")
     assert "timed out" in prediction.reason
     assert again == prediction
-    assert time.monotonic() - start < 0.5  # from the cache
+    assert shared_pool().killed == killed > 0  # from the cache
     assert verify_answer("x^2", slow).correct is None
     assert "too long" in gold_problem(slow)
 

@@ -12,5 +12,5 @@ if os.fork() == 0:
             time.sleep(0.05)
         os._exit(0)
     os._exit(0)
-time.sleep(0.2)
+os.wait()  # the one in between, which ends once the daemon runs
 print("the program ends, its daemon does not")

@@ -7,7 +7,6 @@ import time
 for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
     with contextlib.suppress(OSError):
         signal.signal(number, signal.SIG_IGN)
-end = time.monotonic() + 30
-while time.monotonic() < end:
+while time.process_time() < 30:
     pass
-print("ESCAPED: ran for 30 s")
+print("ESCAPED: computed for 30 s")
