@@ -21,12 +21,14 @@ from typing import Literal
 
 from metis_home.errors import EngineError
 
+from .judging import as_golds, gold_text
 from .rewards import Completion, RewardFunction, Rewards, accuracy_verdicts, answer_text, message_text, score
 from .verifier import Verdict, extract_answer, verdict_counts
 
 logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 4000  # of each part of the question to the judge
+_CACHE_SECONDS = 30.0  # to wait for another process that writes
 _RIGHT, _WRONG = "CORRECT", "INCORRECT"
 PROMPT = (
     "You compare a student's final answer with the reference answer to a question. Wording, notation and units may differ; "
@@ -57,7 +59,7 @@ class Judge:
 
     def __init__(self, settings: JudgeSettings) -> None:
         """Raises:
-        EngineError: the `openai` package is missing, or there is no key.
+        EngineError: the `openai` package is missing, there is no key, or the cache cannot be opened.
         """
         try:
             import openai
@@ -166,10 +168,8 @@ def judge_reward_for(judge: Judge, *, asked: Literal["always", "unverified"] = "
         open_ones = [index for index, verdict in enumerate(verdicts) if verdict is None]
 
         def ask(index: int) -> Verdict:
-            golds = solution[index]
-            listed = golds if isinstance(golds, Sequence) and not isinstance(golds, str) else [golds]
-            gold = " or ".join("" if one is None else str(one) for one in listed)
-            return judge.verdict(_question(prompts[index]), answer_text(completions[index]), gold)
+            golds = " or ".join(filter(None, map(gold_text, as_golds(solution[index]))))
+            return judge.verdict(_question(prompts[index]), answer_text(completions[index]), golds)
 
         with ThreadPoolExecutor(max_workers=judge.settings.concurrency) as threads:
             for index, verdict in zip(open_ones, threads.map(ask, open_ones), strict=True):
@@ -188,22 +188,44 @@ def read_reply(reply: str) -> bool | None:
 
 
 class _Cache:
-    """key -> verdict in an sqlite file; several threads and processes may share it."""
+    """key -> verdict in an sqlite file; several threads and processes may share it.
+
+    A file that fails later on (a full disk, a lock that is never given back) costs further questions, not the run.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Raises EngineError where the file cannot be made, or is something else."""
+        self._path, self._complained = path, False
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
-        self._connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER NOT NULL)")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path, timeout=_CACHE_SECONDS, check_same_thread=False, isolation_level=None
+            )
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, correct INTEGER NOT NULL)"
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise EngineError(
+                f"{path}: the judge's cache cannot be opened: {error}. Expected a file of this judge, or none yet."
+            ) from error
 
     def get(self, key: str) -> bool | None:
-        with self._lock:
-            row = self._connection.execute("SELECT correct FROM verdicts WHERE key = ?", (key,)).fetchone()
+        row = self._run("SELECT correct FROM verdicts WHERE key = ?", (key,))
         return None if row is None else bool(row[0])
 
     def put(self, key: str, correct: bool) -> None:
+        self._run("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, int(correct)))
+
+    def _run(self, statement: str, values: tuple[object, ...]) -> tuple[int] | None:
         with self._lock:
-            self._connection.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, int(correct)))
+            try:
+                return self._connection.execute(statement, values).fetchone()
+            except sqlite3.Error as error:
+                if not self._complained:
+                    logger.warning("the judge's cache %s fails, so verdicts are asked for again: %s", self._path, error)
+                self._complained = True
+                return None
 
 
 def _question(prompt: object) -> str:
@@ -218,6 +240,6 @@ def _question(prompt: object) -> str:
 
 
 def _cut(text: str) -> str:
-    # The closing tags frame the student's text: it must not write them itself.
-    text = re.sub(r"</?(?:question|reference|student)>", "", text)
+    # Tags frame the three parts: none may write one, however it is spelt or nested. All parts lose the sign alike.
+    text = text.replace("<", "\u2039")
     return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS // 2] + " ... " + text[-MAX_CHARACTERS // 2 :]

@@ -14,6 +14,8 @@ from metis_home.errors import RewardError
 from metis_home.prompts import MAX_NEW_TOKENS, THINK_CLOSE, THINK_OPEN
 from metis_home.responses import END_TOKENS
 
+from .data.formats import is_blank
+from .judging import best_verdict, is_list, is_missing, plain
 from .verifier import Verdict, verdict_counts, verify_answer
 
 Completion = str | Sequence[Mapping[str, object]]
@@ -42,10 +44,10 @@ def accuracy_reward(
     """1 where the rule-based verifier finds the answer right, 0 where wrong, None where the gold cannot be read.
 
     Columns that it reads, each a list with one entry per completion: `kind`, `options`, `tolerance`, see
-    `verify_answer`. A `solution` may be a list of golds, any of which is right.
+    `verify_answer`; None, NaN and "" say nothing. A `solution` may be a list of golds, any of which is right.
 
     Raises:
-        RewardError: lengths that do not match, or an unknown kind.
+        RewardError: lengths that do not match, an unknown kind, or a column that is of another type.
     Source: Metis-RISE (binary rule-verified accuracy).
     """
     return [score(verdict) for verdict in accuracy_verdicts(prompts, completions, solution, **columns)]
@@ -58,7 +60,7 @@ def accuracy_verdicts(
     total = _same_length(prompts, completions=completions, solution=solution)
     kinds, options, tolerances = (_column(columns, name, total) for name in ("kind", "options", "tolerance"))
     verdicts = [
-        _best_verdict(answer_text(completion), gold, kind, option, tolerance)
+        best_verdict(answer_text(completion), gold, kind, option, tolerance)
         for completion, gold, kind, option, tolerance in zip(
             completions, solution, kinds, options, tolerances, strict=True
         )
@@ -96,7 +98,7 @@ def efficiency_reward(
     """1 / (T + 1) for a correct rollout with T executed tool calls, 0 for a wrong one, None where accuracy is None.
 
     Args:
-        solution: golds; not needed where a column `accuracy` holds the accuracy rewards.
+        solution: golds; not needed where a column `accuracy` holds the accuracy rewards (None or NaN: not known).
         tool_calls: T per rollout, or the list of its calls. None: counted as the `tool` messages of each completion.
     Raises:
         RewardError: T is neither given nor countable, or there is nothing to tell correct from wrong.
@@ -104,8 +106,8 @@ def efficiency_reward(
     """
     _same_length(prompts, completions=completions)
     given = columns.pop("accuracy", None)
-    if isinstance(given, Sequence):
-        accuracy: Sequence[float | None] = given
+    if given is not None:
+        accuracy = _accuracies(given)
     else:
         if solution is None:
             raise RewardError("efficiency_reward needs a `solution` or an `accuracy` column to know what is correct.")
@@ -215,29 +217,13 @@ def message_text(message: Mapping[str, object]) -> str:
     return f"{THINK_OPEN}{reasoning}{THINK_CLOSE}{text}" if reasoning and THINK_OPEN not in text else text
 
 
-def _best_verdict(text: str, gold: object, kind: object, options: object, tolerance: object) -> Verdict:
-    golds = list(gold) if isinstance(gold, Sequence) and not isinstance(gold, str) else [gold]
-    verdicts = [
-        verify_answer(
-            text,
-            "" if one is None else str(one),
-            kind if isinstance(kind, str) else None,
-            options=list(options) if isinstance(options, Sequence) and not isinstance(options, str) else None,
-            tolerance=tolerance if isinstance(tolerance, float | int | str) else None,
-        )
-        for one in golds or [None]
-    ]
-    # Right by any gold; wrong only if a gold could be read.
-    return max(verdicts, key=lambda verdict: {True: 2, False: 1, None: 0}[verdict.correct])
-
-
 def _has_format(text: str, thinks: bool) -> bool:
     for token in END_TOKENS:
         text = text.removesuffix(token)
     found = _FORMAT.fullmatch(text)
     if found is None or any(text.count(tag) != 1 for tag in _TAGS):
         return False
-    return bool(found["answer"].strip()) and bool(found["thought"].strip()) == thinks
+    return not is_blank(found["answer"]) and is_blank(found["thought"]) != thinks
 
 
 def _opened_thought(prompt: object) -> str:
@@ -252,7 +238,8 @@ def _opened_thought(prompt: object) -> str:
 
 
 def _is_thinking(branch: object) -> bool:
-    if branch is None:
+    branch = plain(branch)
+    if is_missing(branch):
         return True
     if isinstance(branch, str):
         name = branch.strip().lower().replace("-", "_")
@@ -260,8 +247,8 @@ def _is_thinking(branch: object) -> bool:
             return name == "thinking"
     else:
         try:
-            return Branch(int(branch)) is Branch.THINKING  # type: ignore[call-overload]
-        except (TypeError, ValueError):
+            return Branch(branch) is Branch.THINKING  # type: ignore[arg-type]
+        except ValueError:  # 0.7 too
             pass
     raise RewardError(f"branch {branch!r} of a rollout is none: expected 0, 1, 'thinking', 'non_thinking' or None.")
 
@@ -270,7 +257,7 @@ def _branches(columns: Mapping[str, object], total: int) -> list[object]:
     """The first branch column that says anything."""
     for name in ("branch_ids", "branch", "mode"):
         values = _column(columns, name, total)
-        if any(value is not None for value in values):
+        if not all(map(is_missing, values)):
             return values
     return [None] * total
 
@@ -282,11 +269,26 @@ def _tool_calls(completions: Sequence[Completion], tool_calls: Sequence[object] 
                 "efficiency_reward needs a `tool_calls` column: the executed calls of a plain text cannot be counted."
             )
         return [sum(m.get("role") == "tool" for m in c if isinstance(m, Mapping)) for c in completions]
-    counts = [len(one) if isinstance(one, Sequence | Mapping) else one for one in tool_calls]
-    for count in counts:
-        if not isinstance(count, int | float) or count < 0 or count != int(count):
-            raise RewardError(f"tool_calls holds {count!r}; expected a number of calls, 0 or more, or a list of calls.")
-    return [int(count) for count in counts]  # type: ignore[call-overload]
+    return [_call_count(plain(one)) for one in tool_calls]
+
+
+def _call_count(calls: object) -> int:
+    if is_list(calls):
+        return len(calls)
+    if isinstance(calls, int | float) and calls >= 0 and calls % 1 == 0:  # neither NaN nor infinity
+        return int(calls)
+    raise RewardError(f"tool_calls holds {calls!r:.80}; expected a number of calls, 0 or more, or a list of calls.")
+
+
+def _accuracies(given: object) -> Rewards:
+    values = plain(given)
+    if not is_list(values):
+        raise RewardError(f"accuracy is {values!r:.80}; expected one number or None per completion.")
+    accuracies = [plain(value) for value in values]
+    for value in accuracies:
+        if not isinstance(value, float | int | None):
+            raise RewardError(f"accuracy holds {value!r:.80}; expected a number or None.")
+    return [None if is_missing(value) else value for value in accuracies]  # type: ignore[misc]
 
 
 def _overlong(length: int, max_length: int, buffer: int) -> float:
@@ -296,8 +298,8 @@ def _overlong(length: int, max_length: int, buffer: int) -> float:
 
 
 def _column(columns: Mapping[str, object], name: str, total: int) -> list[object]:
-    values = columns.get(name)
-    if values is None or isinstance(values, str) or not hasattr(values, "__len__"):
+    values = plain(columns.get(name))
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):  # the same for every row
         return [values] * total
     if len(values) != total:
         raise RewardError(f"column {name!r} has {len(values)} entries for {total} prompts.")

@@ -3,7 +3,9 @@
 import inspect
 import subprocess
 import sys
+from decimal import Decimal
 
+import numpy as np
 import pytest
 
 from metis_home.branch import Branch
@@ -74,6 +76,53 @@ def test_any_of_several_golds_is_right_and_numbers_may_be_numbers() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("wrapped", [np.array, tuple, list])
+def test_arrays_are_read_as_lists(wrapped) -> None:
+    assert accuracy_reward(["q"], ["red"], ["A"], options=[wrapped(["red", "blue"])]) == [1.0]
+    assert accuracy_reward(["q"], ["5"], [wrapped(["4", "5"])]) == [1.0]
+    assert accuracy_reward(["q"] * 2, ["10", "4"], wrapped(["10%", "4"]), kind=wrapped(["percent", "number"])) == [1, 1]
+    assert accuracy_reward(["q"], ["3.1"], ["3.14"], tolerance=[np.float32(0.1)]) == [1.0]
+    assert accuracy_reward(["q"], ["3.1"], [np.float64(3.14)], tolerance=np.float32(0.1)) == [1.0]
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", float("nan"), np.float32("nan")])
+def test_columns_may_say_nothing_as_csv_and_parquet_write_it(nothing) -> None:
+    columns = {"kind": [nothing], "tolerance": [nothing], "options": [nothing]}
+
+    assert accuracy_reward(["q"], ["4"], ["4"], **columns) == [1.0]
+    assert accuracy_reward(["q"], ["4"], ["4"], options=[[]]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"options": [{"A": "red", "B": "blue"}]}, "options are .* a dict; expected the list"),
+        ({"options": {"A": "red"}}, "options are .* a dict"),
+        ({"options": ["A. red B. blue"]}, "options are .* a str"),
+        ({"options": [["red", None]]}, "options hold None"),
+        ({"options": [[["red"], "blue"]]}, "options hold"),
+        ({"kind": [3]}, "kind is 3"),
+        ({"tolerance": [[0.1]]}, "tolerance is"),
+        ({"tolerance": [True]}, "tolerance is True"),
+    ],
+)
+def test_columns_of_another_type_are_refused(columns, message) -> None:
+    with pytest.raises(RewardError, match=message):
+        accuracy_reward(["q"], ["red"], ["A"], **columns)
+
+
+@pytest.mark.parametrize("gold", [None, float("nan"), float("inf"), {"target": "4"}, b"4", [], [["4"]], [float("nan")]])
+def test_a_gold_that_is_neither_text_nor_number_is_none(gold) -> None:
+    assert accuracy_reward(["q"] * 2, ["4", "nan"], [gold] * 2) == [None, None]
+    assert reward_adapters.compute_score("x", "4", gold)["unscored"] == 1.0
+
+
+def test_numbers_of_parquet_are_golds() -> None:
+    golds = [Decimal("0.5"), np.int64(4), [np.float64(0.25), None], 7]
+
+    assert accuracy_reward(["q"] * 4, ["1/2", "4", "0.25", "8"], golds) == [1.0, 1.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("missing", ["completions", "solution", "kind"])
 def test_lengths_must_match(missing) -> None:
     columns = {"completions": [GOOD] * 2, "solution": ["4"] * 2, "kind": [None] * 2}
@@ -118,6 +167,10 @@ def test_time_outs_are_counted() -> None:
         ("<think> \n</think><answer>4</answer>", 0, 1),
         ("<think>r</think><answer></answer>", 0, 0),
         ("<think></think><answer> </answer>", 0, 0),
+        ("<think>\u200b</think><answer>\u200b</answer>", 0, 0),
+        ("<think>\u200b</think><answer>4</answer>", 0, 1),
+        ("<think>r</think><answer>\u2060\ufeff\u3164\ufe0f</answer>", 0, 0),
+        ("<think>\u601d</think><answer>\U0001f408</answer>", 1, 0),
         ("<think>r</think><answer>4</answer> so", 0, 0),
         (" so <think>r</think><answer>4</answer>", 0, 0),
         ("<think>r</think> so <answer>4</answer>", 0, 0),
@@ -154,9 +207,15 @@ def test_what_the_prompt_already_wrote_belongs_to_the_completion() -> None:
     assert format_reward(["q<think></think>"], ["<answer>4</answer>"], branch_ids=[0]) == [1]
 
 
-def test_a_branch_that_is_none_is_refused() -> None:
-    with pytest.raises(RewardError, match="branch 2"):
-        format_reward(["q"], [GOOD], branch_ids=[2])
+@pytest.mark.parametrize("branch", [2, 0.7, -1, "fast", [1]])
+def test_a_branch_that_is_none_is_refused(branch) -> None:
+    with pytest.raises(RewardError, match="branch .* of a rollout is none"):
+        format_reward(["q"], [GOOD], branch=[branch])
+
+
+@pytest.mark.parametrize("branch", [1, 1.0, np.int64(1), None, float("nan"), ""])
+def test_a_branch_may_be_any_number_of_it_or_nothing(branch) -> None:
+    assert format_reward(["q"], [GOOD], branch=[branch]) == [1.0]
 
 
 # ---- efficiency, overlong -------------------------------------------------------------------------------------------
@@ -183,8 +242,27 @@ def test_efficiency_says_what_it_lacks() -> None:
         efficiency_reward(["q"], [GOOD], ["4"])
     with pytest.raises(RewardError, match="solution"):
         efficiency_reward(["q"], [GOOD], tool_calls=[1])
-    with pytest.raises(RewardError, match="-1"):
-        efficiency_reward(["q"], [GOOD], ["4"], tool_calls=[-1])
+    with pytest.raises(RewardError, match="accuracy is 1"):
+        efficiency_reward(["q"], [GOOD], accuracy=1.0, tool_calls=[1])
+    with pytest.raises(RewardError, match="accuracy holds 'yes'"):
+        efficiency_reward(["q"], [GOOD], accuracy=["yes"], tool_calls=[1])
+
+
+@pytest.mark.parametrize("calls", [-1, "abc", 1.5, float("nan"), float("inf"), None, {"name": "python"}])
+def test_what_is_no_number_of_calls_is_refused(calls) -> None:
+    with pytest.raises(RewardError, match="tool_calls holds"):
+        efficiency_reward(["q"], [GOOD], ["4"], tool_calls=[calls])
+
+
+def test_efficiency_reads_arrays_and_keeps_what_is_not_known() -> None:
+    found = efficiency_reward(
+        ["q"] * 4, ["x"] * 4, tool_calls=np.array([1, 1, 1, 0]), accuracy=np.array([1.0, 0.0, np.nan, 1.0])
+    )
+
+    assert found == [0.5, 0.0, None, 1.0]
+    assert efficiency_reward(["q"] * 2, ["x"] * 2, tool_calls=[np.array(["a", "b"]), 2.0], accuracy=[1, True]) == [
+        pytest.approx(1 / 3), pytest.approx(1 / 3),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -264,6 +342,8 @@ def test_verl_gets_a_score_with_its_parts() -> None:
     assert right == {"score": 1.0, "acc": 1.0, "format": 1.0, "unscored": 0.0}
     assert unread == {"score": 0.0, "acc": 0.0, "format": 1.0, "unscored": 1.0}
     assert reward_adapters.compute_score("x", "10", "10%", {"kind": "percent"})["score"] == pytest.approx(0.9)
+    as_parquet_has_it = {"kind": "", "options": np.array(["red", "blue"]), "tolerance": None}
+    assert reward_adapters.compute_score("x", "blue", np.array(["C", "B"]), as_parquet_has_it)["acc"] == 1.0
 
 
 def test_easyr1_gets_one_result_or_a_list() -> None:

@@ -13,7 +13,7 @@ from metis_home.media import ImageSource, image_size, load_image
 
 from .conversation import image_sources, texts
 from .encode import Encoder
-from .formats import format_problem, mode_name, split_response
+from .formats import format_problem, is_blank, mode_name, split_response
 from .problems import Problem, RowError, raise_problems
 from .records import Record, scan_records
 from .rows import Row
@@ -107,7 +107,7 @@ def check_records(
 
     Always: images that are missing or cannot be read, control tokens in texts, ids that occur twice. For `sft`: a missing
     response, an empty answer, tags that are not those of the row's mode. For `rl` and `evaluate`: a missing answer, and
-    one that no prediction could be compared with. With an encoder: rows that exceed its `max_length`.
+    one (of several: any) that no prediction could be compared with. With an encoder: rows that exceed its `max_length`.
 
     Args:
         encoder: counts tokens; without it no row is too long.
@@ -162,12 +162,12 @@ def _response_problems(record: Record) -> Iterator[RowError]:
     problem = format_problem(record.response, record.mode)
     if problem is not None:
         parts = split_response(record.response)
-        blank = parts is not None and not parts.answer.strip()
+        blank = parts is not None and is_blank(parts.answer)
         yield RowError("empty answer" if blank else "wrong tags", problem)
 
 
 def _gold_problems(record: Record) -> Iterator[RowError]:
-    if record.answer is None or not record.answer.strip():
+    if not any(gold.strip() for gold in record.golds):
         yield RowError("empty answer", "expected a solution or an answer to compare with; found none")
         return
     from metis_home.training.judging import record_problem

@@ -7,12 +7,15 @@ Source: Metis-HOME (arXiv 2510.20519), its two response formats.
 """
 
 import re
+import unicodedata
 from typing import NamedTuple
 
 from metis_home.branch import Branch
 from metis_home.prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, thinking_prefix
 
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+# Letters and symbols without ink: fillers of Hangul, the empty Braille cell.
+_INKLESS = "\u115f\u1160\u3164\uffa0\u2800"
 MODES = {"thinking": Branch.THINKING, "non_thinking": Branch.NON_THINKING}
 _FORMAT = re.compile(
     rf"{THINK_OPEN}(?P<reasoning>.*?){THINK_CLOSE}\s*{ANSWER_OPEN}(?P<answer>.*?){ANSWER_CLOSE}\s*", re.DOTALL
@@ -45,6 +48,11 @@ def split_response(response: str) -> ResponseParts | None:
     return None if match is None else ResponseParts(match["reasoning"], match["answer"])
 
 
+def is_blank(text: str) -> bool:
+    """Nothing can be seen in it: white space, control and zero-width characters alone."""
+    return not any(unicodedata.category(letter)[0] in "LNPS" and letter not in _INKLESS for letter in text)
+
+
 def format_problem(response: str, mode: Branch | None) -> str | None:
     """Say why `response` is not in the format of `mode`; None if it is.
 
@@ -58,9 +66,9 @@ def format_problem(response: str, mode: Branch | None) -> str | None:
     parts = split_response(response)
     if parts is None:
         return f"expected <think>...</think><answer>...</answer> and nothing around it, found {_shortened(response)!r}"
-    if not parts.answer.strip():
+    if is_blank(parts.answer):
         return "nothing between <answer> and </answer>"
-    if mode is Branch.THINKING and not parts.reasoning.strip():
+    if mode is Branch.THINKING and is_blank(parts.reasoning):
         return "mode is thinking, and there is nothing between <think> and </think>"
     if mode is Branch.NON_THINKING and parts.reasoning:
         return f"mode is non_thinking, and <think> holds {_shortened(parts.reasoning)!r}"

@@ -1,6 +1,7 @@
 """`Record`: one row of a data set, as everything in training and evaluation reads it."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from metis_home.branch import Branch
 from metis_home.errors import DataError
 from metis_home.media import Message
 
+from ..judging import as_golds, gold_text, plain
 from .conversation import conversation
 from .formats import MODES, build_response
 from .problems import Problem, RowError, raise_problems
@@ -37,8 +39,8 @@ class Record:
     """The conversation up to the turn that is to be answered; images as `{"type": "image", "image": source}`."""
     response: str | None
     """The full answer of the assistant with its tags, which Stage-SFT trains; None where the row has none."""
-    answer: str | None
-    """What is right: the row's `solution`, else its `answer`."""
+    answer: str | list[str] | None
+    """What is right: the row's `solution`, else its `answer`; a list of several where any of them is right."""
     mode: Branch | None
     """The branch that should answer; None where the row does not say."""
     source: str
@@ -47,6 +49,16 @@ class Record:
     """How the answer is verified, see `verify_answer`; None: found out from the answer."""
     columns: dict[str, object] = field(default_factory=dict)
     """Every other column, untouched; reward functions get them."""
+
+    @property
+    def golds(self) -> list[str]:
+        """Every right answer; none where the row has no gold."""
+        return self.answer if isinstance(self.answer, list) else [] if self.answer is None else [self.answer]
+
+    @property
+    def gold_text(self) -> str | None:
+        """The golds in one line, for people."""
+        return " or ".join(self.golds) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +77,8 @@ def load_records(
 
     A row has `prompt` (a text) or `messages` (which may end with the assistant's message: the response); `image` or
     `images`; `response`, or `reasoning` and `answer`; and, all optional, `solution`, `mode` (thinking or non_thinking),
-    `source`, `kind`, `id`. See `conversation` for where the images go.
+    `source`, `kind`, `id`. `solution` and `answer` may be lists of golds of which any is right; a response is made of
+    the first one. See `conversation` for where the images go.
 
     Args:
         source: a .jsonl, .json or .parquet file, a saved `datasets` directory, "name[:split]" on the hub, a
@@ -133,25 +146,25 @@ def _record(row: Row, index: int, name: str, stem: str, folder: Path | None) -> 
         RowError: the row is none.
     """
     mode = _mode(row)
-    reasoning, answer = _text(row, "reasoning"), _text(row, "answer")
+    reasoning, answers, solutions = _text(row, "reasoning"), _golds(row, "answer"), _golds(row, "solution")
     messages, from_messages = conversation(row, folder)
     response = _text(row, "response")
     if response is not None and from_messages is not None:
         raise RowError("two responses", "a response column and an assistant's last message; expected one of the two")
     response = from_messages if response is None else response
-    if response is None and answer is not None:
+    if response is None and answers:
         # Without reasoning, an answer is only the gold of a row that is to be answered, unless the row says otherwise.
         if mode is Branch.NON_THINKING:
-            response = build_response("", answer, mode)
+            response = build_response("", answers[0], mode)
         elif reasoning is not None:
-            response = build_response(reasoning, answer, Branch.THINKING)
-    solution = _text(row, "solution")
+            response = build_response(reasoning, answers[0], Branch.THINKING)
+    golds = solutions or answers
     return Record(
         index=index,
         id=name,
         messages=messages,
         response=response,
-        answer=answer if solution is None else solution,
+        answer=golds if len(golds) > 1 else golds[0] if golds else None,
         mode=mode,
         source=_text(row, "source") or stem,
         kind=_text(row, "kind"),
@@ -172,6 +185,22 @@ def _text(row: Row, key: str) -> str | None:
     value = row.get(key)
     if value is None or isinstance(value, str):
         return value
-    if key in ("answer", "solution") and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
     raise RowError("wrong type", f"{key} must be a text, found a {type(value).__name__}")
+
+
+def _golds(row: Row, key: str) -> list[str]:
+    """The different texts of a column that holds one gold, a list of them, or nothing."""
+    value = plain(row.get(key))
+    if value is None or value == [] or (isinstance(value, float) and math.isnan(value)):  # pandas: NaN is none
+        return []
+    golds = []
+    for one in as_golds(value):
+        text = None if isinstance(one, bool) else gold_text(one)
+        if text is None:
+            raise RowError(
+                "wrong type", f"{key} must be a text, a number, or a list of them; found a {type(one).__name__}"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise RowError("not Unicode", f"{key} {text!r:.80} holds half a character, which no model can write")
+        golds.append(text)
+    return list(dict.fromkeys(golds))

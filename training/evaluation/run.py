@@ -212,7 +212,7 @@ def _completion(
         thinking=mode,
         prompt=question_text(record),
         images=image_references(record, directory),
-        gold=record.answer,
+        gold=record.gold_text,
         kind=record.kind,
         label=None if record.mode is None else Branch(record.mode).label,
         branch=None if made.branch is None else made.branch.label,

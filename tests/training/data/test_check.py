@@ -40,6 +40,7 @@ class TestResponses:
             ({"prompt": "?", "answer": "1"}, "no response"),
             ({**THINKING_ROW, "answer": " "}, "empty answer"),
             ({**DIRECT_ROW, "answer": ""}, "empty answer"),
+            ({**DIRECT_ROW, "answer": "\u200b"}, "empty answer"),
             ({**THINKING_ROW, "reasoning": ""}, "wrong tags"),
             ({**DIRECT_ROW, "response": "<think>r</think><answer>a</answer>"}, "wrong tags"),
             ({**DIRECT_ROW, "response": "a"}, "wrong tags"),
