@@ -132,6 +132,7 @@ def _run_rl(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
         list(recipe.rewards),
         _records(recipe, recipe.data.train),
         _processor(recipe),
+        eval_dataset=_records(recipe, recipe.data.eval) or None,
         peft_config=None if recipe.lora is None else _lora_config(recipe.lora),
     )
     _write_settings(trainer, recipe)

@@ -38,11 +38,11 @@ class CompletionsTable:
                     file.write(json.dumps(self._row(group, place, rollout, step), ensure_ascii=False) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop rows of later steps: a resumed run writes them again."""
+        """Drop rows of later steps, and a last line whose writing was cut: a resumed run writes them again."""
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8") as file:
-            kept = [line for line in file if json.loads(line)["step"] <= step]
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, self.path)

@@ -9,17 +9,7 @@ from transformers import TrainingArguments
 from ...errors import RecipeError
 from ...prompts import SYSTEM_PROMPT
 from ..freezing import trainable_sets
-from ..policy_losses import AGGREGATIONS
-
-_CHOICES = {
-    "advantage": ("grpo", "hdpo"),
-    "hdpo_compat": (None, "reference"),
-    "loss_aggregation": AGGREGATIONS,
-    "old_logprobs": ("auto", "sampler", "recompute"),
-    "thinking": (None, True, False, "router", "sample"),
-    "engine": ("hf", "server"),
-    "server_weights_dtype": (None, "bf16", "fp16", "fp32"),
-}
+from .ranges import check_ranges
 
 
 @dataclass
@@ -182,6 +172,13 @@ class MetisRLConfig(TrainingArguments):
         default=3.0, metadata={"help": "Bound on the loss where the advantage is negative; None: off. 3: HDPO."}
     )
     kl_coef: float = field(default=0.0, metadata={"help": "Weight of KL(policy || initial model). 0: Metis-RISE."})
+    log_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Log KL(policy || initial model) without a loss: one more forward, and a copy of the model unless "
+            "adapters train."
+        },
+    )
     nll_coef: float = field(
         default=0.0, metadata={"help": "Weight of the likelihood of correct rollouts. VAPO: 0.1; 0: off (ours)."}
     )
@@ -203,6 +200,15 @@ class MetisRLConfig(TrainingArguments):
         },
     )
 
+    # ---- validation
+    eval_num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Answers per held-out prompt. 1: greedy, which is what is reported; more: sampled at `temperature`, for "
+            "pass@k (ours)."
+        },
+    )
+
     # ---- running
     micro_batch_tokens: int = field(
         default=32768,
@@ -217,12 +223,13 @@ class MetisRLConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Two-branch models: parameter sets that do not train, see MetisSFTConfig. None with thinking=True "
-            "or False: all but that branch; with 'sample': all but both branches and the router."
+            "or False: all but that branch; with 'sample': all but both branches and the router. Adapters: None trains "
+            "all of them; otherwise those on these sets do not train."
         },
     )
     train_only: list[str] | None = field(default=None, metadata={"help": "The sets that train. Instead of `freeze`."})
     freeze_vision: bool = field(
-        default=True, metadata={"help": "Dense models: do not train the vision tower. MM-EUREKA's script."}
+        default=True, metadata={"help": "Dense models: do not train the vision tower, nor adapters on it. MM-EUREKA's."}
     )
     self_check: bool = field(
         default=True, metadata={"help": "Compare the log-probabilities of sampler and trainer before the first step."}
@@ -253,28 +260,17 @@ class MetisRLConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         trainable_sets(self.freeze, self.train_only)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise RecipeError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}; found {getattr(self, name)!r}"
-                )
-        for name in (
-            *("num_generations", "prompts_per_step", "updates_per_rollout", "passes_per_rollout"),
-            *("max_completion_tokens", "max_sampling_rounds", "micro_batch_tokens", "rollout_batch_tokens"),
-            *("max_tool_turns", "max_calls_per_turn", "max_observation_tokens", "tool_workers"),
-        ):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1; found {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise RecipeError(f"temperature must be > 0: greedy rollouts teach nothing; found {self.temperature}")
+        check_ranges(self)
         if not 0 <= self.overlong_buffer_tokens < self.max_completion_tokens:
             raise RecipeError(
                 f"overlong_buffer_tokens is {self.overlong_buffer_tokens}; expected 0 (off) up to "
                 f"max_completion_tokens - 1 = {self.max_completion_tokens - 1}"
             )
         self._check_servers()
-        if self.tool_seconds <= 0:
-            raise RecipeError(f"tool_seconds must be > 0; found {self.tool_seconds}")
+        if self.hdpo_compat is not None and self.advantage != "hdpo":
+            raise RecipeError(
+                f"hdpo_compat is {self.hdpo_compat!r} with advantage {self.advantage!r}; it belongs to advantage: hdpo"
+            )
         if self.num_generations < 2 and self.hdpo_compat is None:
             raise RecipeError(
                 "num_generations is 1: a rollout is judged against the others of its prompt. Use 2 or more."
@@ -284,6 +280,11 @@ class MetisRLConfig(TrainingArguments):
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; this trainer cuts the "
                 "prompts_per_step * num_generations rollouts of a step into micro-batches by itself "
                 "(per_device_train_batch_size, micro_batch_tokens). Leave it at 1."
+            )
+        if self.auto_find_batch_size:
+            raise RecipeError(
+                "auto_find_batch_size restarts a run from its first step, with its weights already changed. Lower "
+                "micro_batch_tokens or per_device_train_batch_size instead: they do not change the result."
             )
         if self.remove_unused_columns:
             raise RecipeError("remove_unused_columns must be False: the trainer encodes whole records, not columns.")
@@ -307,9 +308,4 @@ class MetisRLConfig(TrainingArguments):
             raise RecipeError(
                 f"top_p is {self.top_p} and top_k {self.top_k}: a server's log-probabilities would be of what they leave, "
                 "not of the policy. Set top_p 1 and top_k 0, or engine: hf."
-            )
-        if self.server_timeout_seconds <= 0 or self.server_concurrency < 1:
-            raise RecipeError(
-                f"server_timeout_seconds is {self.server_timeout_seconds} and server_concurrency "
-                f"{self.server_concurrency}; expected more than 0, and at least 1"
             )

@@ -38,7 +38,14 @@ def make_engine(
         autocast: what the model runs in where it generates, or routes, in this process.
     """
     seed = args.seed * 1000 + rank
-    own = HFEngine(model, processor.tokenizer, max_tokens=args.rollout_batch_tokens, seed=seed, autocast=autocast)
+    own = HFEngine(
+        model,
+        processor.tokenizer,
+        max_tokens=args.rollout_batch_tokens,
+        seed=seed,
+        autocast=autocast,
+        device=args.device,
+    )
     if args.engine == "hf":
         return own
     return ServerEngine(

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from metis_home.branch import Branch
 
 from .. import collectives
 from ..rollouts.types import Rollout
+from .branch_metrics import branch_sums, named_branch_metrics, thinking_by_source
 
 if TYPE_CHECKING:
     from .rl_buffer import Filling, Group
@@ -36,10 +38,15 @@ class Stopwatch:
             self.seconds[name] += time.perf_counter() - start
 
 
-def filling_metrics(filling: "Filling", reward_names: Sequence[str], correct_name: str) -> dict[str, float]:
+def filling_metrics(
+    filling: "Filling", reward_names: Sequence[str], correct_name: str, *, drawn: bool = False
+) -> dict[str, float]:
     """Metrics of one filling, over all ranks (which all must call this).
 
     Rewards, pass rates and lengths are of everything that was drawn; advantages of what is trained on.
+
+    Args:
+        drawn: branches were drawn from the router's probability.
     """
     rollouts = [rollout for group in filling.groups for rollout in group.rollouts]
     sums = _Sums()
@@ -55,13 +62,13 @@ def filling_metrics(filling: "Filling", reward_names: Sequence[str], correct_nam
         sums.add(f"pass/{_pass_bucket(group, correct_name)}", 1)
     for name in ("none", "some", "all", "unscored"):
         sums.add(f"pass/{name}", 0)
-    correct = [value for group in filling.groups for value in group.scores.components[correct_name]]
+    values = [value for group in filling.groups for value in group.scores.components[correct_name]]
+    correct = [None if value is None else value > 0.5 for value in values]
     lengths = [rollout.policy_tokens for rollout in rollouts]
+    sums.moments("accuracy", [float(right) for right in correct if right is not None])
     sums.moments("length", lengths)
-    sums.moments("length_correct", [n for n, value in zip(lengths, correct, strict=True) if value and value > 0.5])
-    sums.moments(
-        "length_wrong", [n for n, value in zip(lengths, correct, strict=True) if value is not None and value <= 0.5]
-    )
+    sums.moments("length_correct", [n for n, right in zip(lengths, correct, strict=True) if right])
+    sums.moments("length_wrong", [n for n, right in zip(lengths, correct, strict=True) if right is False])
     sums.largest("length_max", max(lengths, default=0))
     sums.add("truncated", sum(not rollout.finished for rollout in rollouts))
     sums.add("tool_calls", sum(rollout.tool_calls for rollout in rollouts))
@@ -71,7 +78,11 @@ def filling_metrics(filling: "Filling", reward_names: Sequence[str], correct_nam
     sums.largest("rounds_max", filling.rounds)
     for stage in ("rollout", "reward"):
         sums.largest(f"seconds_{stage}_max", filling.seconds.get(stage, 0.0))
-    return _named(collectives.sum_dicts(sums.values), reward_names, _branches(rollouts, filling.groups))
+    has_branches = _any_branches(rollouts)
+    if has_branches:
+        sums.values |= branch_sums(rollouts, correct, drawn=drawn)
+    named = _named(collectives.sum_dicts(sums.values), reward_names, has_branches)
+    return named | (thinking_by_source(rollouts) if has_branches else {})
 
 
 def filling_columns(filling: "Filling") -> dict[str, float]:
@@ -85,7 +96,7 @@ def filling_columns(filling: "Filling") -> dict[str, float]:
     return verdict_counts.take() | {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
-def _branches(rollouts: Sequence[Rollout], groups: "Sequence[Group]") -> bool:
+def _any_branches(rollouts: Sequence[Rollout]) -> bool:
     has = any(rollout.branch is not None for rollout in rollouts)
     return bool(collectives.max_over_ranks([float(has)])[0])
 
@@ -115,6 +126,8 @@ def _named(sums: Mapping[str, float], reward_names: Sequence[str], has_branches:
         "pass_rate/none": sums["pass/none"] / groups,
         "pass_rate/some": sums["pass/some"] / groups,
         "pass_rate/all": sums["pass/all"] / groups,
+        "accuracy": _mean(sums, "accuracy"),
+        "tokens_per_correct": sums["length_sum"] / sums["accuracy_sum"] if sums["accuracy_sum"] else math.nan,
         "length/mean": _mean(sums, "length"),
         "length/correct": _mean(sums, "length_correct"),
         "length/wrong": _mean(sums, "length_wrong"),
@@ -130,6 +143,7 @@ def _named(sums: Mapping[str, float], reward_names: Sequence[str], has_branches:
     }
     if has_branches:
         named["thinking_ratio"] = sums["thinking"] / count
+        named |= named_branch_metrics(sums)
     return {name: value for name, value in named.items() if not math.isnan(value)}
 
 
@@ -173,7 +187,7 @@ class UpdateMetrics:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._reset()
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Take in one micro-batch; costs no synchronisation."""
@@ -185,10 +199,18 @@ class UpdateMetrics:
             else:
                 self._sums[name] = before.maximum(value) if name.endswith("_max") else before + value
 
+    def state_dict(self) -> dict[str, float]:
+        """This rank's sums since the last log."""
+        return {name: float(value) for name, value in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take up such sums."""
+        self._sums = {name: torch.tensor(value) for name, value in state.items()}
+
     def flush(self) -> dict[str, float]:
         """The metrics since the last call, over all ranks (which all must call this); empty without any update."""
         local = {name: float(self._sums.get(name, 0.0)) for name in self._names}
-        self._reset()
+        self._sums = {}
         totals = collectives.sum_dicts(local)
         if not totals["tokens"]:
             return {}
@@ -209,6 +231,3 @@ class UpdateMetrics:
             for name in ("entropy", "clip_low", "clip_high"):
                 named[f"router/{name}"] = totals[f"router_{name}"] / totals["router_tokens"]
         return named
-
-    def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}

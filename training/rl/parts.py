@@ -1,7 +1,7 @@
 """What of a model trains by reward, which tokens it must not write, and what it is compared with."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from metis_home.branch import Branch
 from metis_home.errors import RecipeError
 
-from ..freezing import freeze_parameters, sets_trained_by_reward
+from ..freezing import freeze_parameters, set_of, sets_trained_by_reward, trainable_sets
 from .config import MetisRLConfig
 
 
@@ -35,13 +35,12 @@ def choose_parts(model: nn.Module, args: MetisRLConfig) -> bool:
         )
     if not has_branches and (args.freeze or args.train_only):
         raise RecipeError("freeze and train_only name parts of the two-branch model; dense models have freeze_vision")
-    if base is model:  # adapters have frozen the rest already
-        if has_branches:
-            freeze_parameters(base, sets_trained_by_reward(args.thinking, args.freeze, args.train_only))
-        elif args.freeze_vision:
-            for name, parameter in base.named_parameters():
-                if ".visual." in f".{name}":
-                    parameter.requires_grad_(False)
+    if base is not model:
+        _freeze_adapters(model, args, has_branches=has_branches)
+    elif has_branches:
+        freeze_parameters(base, sets_trained_by_reward(args.thinking, args.freeze, args.train_only))
+    elif args.freeze_vision:
+        _freeze(base, lambda name: ".visual." in f".{name}")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise RecipeError("no parameter trains")
@@ -52,6 +51,21 @@ def choose_parts(model: nn.Module, args: MetisRLConfig) -> bool:
             "Set thinking: sample, or freeze the router (freeze: [router])."
         )
     return trains_router
+
+
+def _freeze_adapters(model: nn.Module, args: MetisRLConfig, *, has_branches: bool) -> None:
+    """What is not an adapter is frozen already; here, adapters on parts that should not train."""
+    if has_branches and (args.freeze or args.train_only):
+        trained = trainable_sets(args.freeze, args.train_only)
+        _freeze(model, lambda name: set_of(name) not in trained)
+    elif not has_branches and args.freeze_vision:
+        _freeze(model, lambda name: ".visual." in name)
+
+
+def _freeze(model: nn.Module, chosen: Callable[[str], bool]) -> None:
+    for name, parameter in model.named_parameters():
+        if chosen(name):
+            parameter.requires_grad_(False)
 
 
 class Reference:
@@ -71,8 +85,8 @@ class Reference:
 
 
 def reference_of(model: nn.Module, given: nn.Module | None, args: MetisRLConfig) -> Reference | None:
-    """What the KL term compares with; None without one."""
-    if not args.kl_coef:
+    """What the KL term, or the KL metric, compares with; None without either."""
+    if given is None and not args.kl_coef and not args.log_kl:
         return None
     if given is None and hasattr(model, "peft_config"):
         return Reference(model, is_adapter=True)

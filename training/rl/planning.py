@@ -81,7 +81,7 @@ def weigh(
 def _micro_batches(samples: Sequence[Sample], rows: list[Row], config: MetisRLConfig) -> list[MicroBatch]:
     """Rows of one branch and of similar length together, within the token budget; padded to equal counts on ranks."""
     is_reference = config.advantage == "hdpo" and config.hdpo_compat == "reference"
-    active = [row for row in rows if is_reference or not config.skip_idle_rollouts or not is_idle(row, samples)]
+    active = [row for row in rows if is_reference or not config.skip_idle_rollouts or not is_idle(row, samples, config)]
     batches: list[MicroBatch] = []
     for branch in sorted({samples[row.sample].rollout.branch for row in active}, key=lambda value: value or 0):
         own = [row for row in active if samples[row.sample].rollout.branch == branch]
@@ -99,13 +99,20 @@ def _micro_batches(samples: Sequence[Sample], rows: list[Row], config: MetisRLCo
     return batches
 
 
-def is_idle(row: Row, samples: Sequence[Sample]) -> bool:
+def decision_advantage(sample: Sample, config: MetisRLConfig) -> float:
+    """What the router's decision for this rollout was worth: both advantages as the tokens' loss weighs them."""
+    if config.advantage == "hdpo":
+        return config.w_acc * sample.advantage + config.w_tool * sample.tool_advantage
+    return sample.advantage
+
+
+def is_idle(row: Row, samples: Sequence[Sample], config: MetisRLConfig) -> bool:
     """Is every gradient of this row 0?"""
     sample = samples[row.sample]
     terms = (
         row.weight * sample.advantage,
         row.tool_weight * sample.tool_advantage,
-        row.router_weight * (sample.advantage + sample.tool_advantage),
+        row.router_weight * decision_advantage(sample, config),
         row.nll_weight,
         row.kl_weight,
     )

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from metis_home.errors import TrainingError
 
+from .router_plots import draw_router
+
 logger = logging.getLogger(__name__)
 
 # file -> (title, [metrics]); a name ending in * takes all metrics that begin so.
 PLOTS: dict[str, tuple[str, list[str]]] = {
     "reward": ("reward (mean)", ["reward", "rewards/*/mean"]),
+    "accuracy": ("accuracy: rollouts, held-out prompts", ["accuracy", "eval_*accuracy", "eval_*pass@*"]),
     "reward_std": ("reward (standard deviation)", ["reward_std", "rewards/*/std"]),
     "pass_rate": ("share of prompts with none, some, all rollouts right", ["pass_rate/*"]),
     "groups": ("prompts without signal; rounds of drawing", ["groups/zero_std_fraction", "groups/rounds"]),
@@ -20,12 +23,16 @@ PLOTS: dict[str, tuple[str, list[str]]] = {
     "clipping": ("share of clipped tokens", ["clip/low", "clip/high"]),
     "divergence": ("KL, ratio and sampler gap", ["kl/old", "kl/ref", "ratio/max", "sampler/gap", "sampler/gap_max"]),
     "length": ("tokens per answer", ["length/mean", "length/correct", "length/wrong", "length/max"]),
+    "tokens_per_correct": ("tokens per right answer", ["tokens_per_correct", "eval_*tokens_per_correct"]),
+    "branches_accuracy": ("accuracy by branch", ["accuracy/*"]),
+    "branches_length": ("tokens per answer by branch", ["length/thinking", "length/non-thinking"]),
     "truncated": ("share of answers cut by the limit", ["length/truncated_fraction"]),
     "advantage": ("advantage", ["advantage/mean", "advantage/std", "advantage/abs"]),
     "gradient": ("gradient norm; loss", ["grad_norm", "loss"]),
     "speed": ("sampled tokens per second", ["rollout_tokens_per_second"]),
     "seconds": ("seconds per stage", ["seconds/*"]),
-    "thinking": ("share of thinking answers; tool calls per answer", ["thinking_ratio", "tool_calls"]),
+    "thinking": ("share of thinking answers, in all and by source", ["thinking_ratio", "thinking_ratio/*"]),
+    "tools": ("tool turns per answer; share of calls that failed", ["tool_calls", "tools/failures"]),
 }
 
 
@@ -60,6 +67,7 @@ def draw_plots(history: Sequence[Mapping[str, float]], output_dir: str | os.Path
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=110)
         written.append(path)
+    written += draw_router(history, folder)
     logger.info("drew %d plots into %s", len(written), folder)
     return written
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from metis_home.errors import RecipeError
+
 from .. import collectives
 from ..advantages import efficiency_members, grpo_advantages, hdpo_advantages, informative_groups, reward_tensor
 from ..rollouts.engine import RolloutEngine
-from ..rollouts.types import Rollout, Sampling, check_rollouts
+from ..rollouts.types import Prompt, Rollout, Sampling, check_rollouts
 from .config import MetisRLConfig
 from .metrics import Stopwatch
 from .prompts import PromptSource
@@ -71,20 +73,35 @@ class BufferFiller:
         rounds = 0
         while True:
             prompts = self.source.take(max(0, self.needed - len(kept)))
-            with clock.stage("rollout"):
-                drawn = self.engine.generate(prompts, self.config.num_generations, self.sampling)
-            check_rollouts([rollout for rollouts in drawn for rollout in rollouts], self.sampling.suppress_token_ids)
-            with clock.stage("reward"):
-                scores = self.scorer.score(drawn, trainer_state)
-            new = [self._group(rollouts, own) for rollouts, own in zip(drawn, scores, strict=True)]
+            new = self.draw(prompts, self.config.num_generations, self.sampling, clock, trainer_state)
             groups += new
             kept += [group for group in new if group.is_informative or not self.config.dynamic_sampling]
             rounds += 1
             missing = collectives.max_over_ranks([self.needed - len(kept)])[0]
             if missing <= 0 or rounds >= self.config.max_sampling_rounds:
                 break
-        # A rank that found nothing still takes part in every forward, with rollouts that weigh nothing.
-        return Filling(self._samples(kept or groups[:1]), groups, rounds, clock.seconds)
+        samples = self._samples(kept or groups[:1])
+        if not kept:  # this rank found nothing: it takes part in every forward, with rollouts that do not count
+            for sample in samples:
+                sample.tokens = 0
+        return Filling(samples, groups, rounds, clock.seconds)
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        clock: Stopwatch | None = None,
+        trainer_state: object = None,
+    ) -> list[Group]:
+        """Answer prompts and score the answers; every rank must call this equally often."""
+        clock = clock or Stopwatch()
+        with clock.stage("rollout"):
+            drawn = self.engine.generate(prompts, num_generations, sampling)
+        check_rollouts([rollout for rollouts in drawn for rollout in rollouts], sampling.suppress_token_ids)
+        with clock.stage("reward"):
+            scores = self.scorer.score(drawn, trainer_state)
+        return [self._group(rollouts, own) for rollouts, own in zip(drawn, scores, strict=True)]
 
     def _group(self, rollouts: list[Rollout], scores: Scores) -> Group:
         informative = bool(informative_groups(reward_tensor([scores.total]))[0])
@@ -129,7 +146,14 @@ class BufferFiller:
 
 
 def correct_reward_name(config: MetisRLConfig, names: Sequence[str]) -> str:
-    """Which component says whether an answer is right."""
+    """Which component says whether an answer is right.
+
+    Raises:
+        RecipeError: `correct_reward` names none of them.
+    """
     if config.correct_reward is not None:
+        if config.correct_reward not in names:
+            raise RecipeError(f"correct_reward is {config.correct_reward!r}; the rewards are {', '.join(names)}")
         return config.correct_reward
-    return "accuracy_reward" if "accuracy_reward" in names else names[0]
+    about_answers = [name for name in names if config.advantage != "hdpo" or name != config.efficiency_reward]
+    return "accuracy_reward" if "accuracy_reward" in names else about_answers[0]

@@ -39,8 +39,6 @@ class Sample:
     """Per completion token, what ratios start from; None: the policy of the moment (ratio 1)."""
     ref_logprobs: list[float] | None = None
     """Under the reference model, where there is a KL term."""
-    sampler_correction: bool = False
-    """Weigh tokens by p_trainer / p_sampler."""
 
 
 class Row(NamedTuple):
@@ -53,6 +51,11 @@ class Row(NamedTuple):
     kl_weight: float = 0.0
     router_weight: float = 0.0
     """Of the one decision, not per token."""
+
+    @property
+    def is_padding(self) -> bool:
+        """Only takes part so that every rank runs equally many forwards: nothing of it weighs anything."""
+        return not any(self[1:])
 
 
 MicroBatch = list[Row]

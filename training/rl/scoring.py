@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,10 @@ class Scorer:
         }
         if not self.weights:
             raise RecipeError("only an efficiency reward was given: the accuracy loss needs a reward function too")
+        if not any(self.weights.values()) or not all(map(math.isfinite, self.weights.values())):
+            raise RecipeError(
+                f"reward_weights are {weights}: expected finite numbers, not all 0; nothing would be learnt"
+            )
         self.overlong_buffer, self.max_tokens = overlong_buffer, max_tokens
         if overlong_buffer:
             self.weights[OVERLONG] = overlong_weight
@@ -87,7 +92,7 @@ class Scorer:
         """Score the rollouts of several prompts, each function called once with all of them.
 
         A component that is None for all rollouts of a prompt does not apply to it and is left out of their sums; one
-        that is None for some could not score these, so their total is None.
+        that is None for some could not score these, so their total is None. Components of weight 0 are only reported.
 
         Raises:
             RewardError: a function returned something else than one number or None per completion.
@@ -139,7 +144,7 @@ class Scorer:
         applicable = {
             name: values
             for name, values in components.items()
-            if name in self.weights and any(value is not None for value in values)
+            if self.weights.get(name) and any(value is not None for value in values)
         }
         if not set(applicable) - {OVERLONG}:
             return [None] * size
@@ -175,7 +180,8 @@ def call(name: str, function: RewardFunction, columns: dict[str, Any], expected:
     """
     values = function(**columns)
     if inspect.isawaitable(values):
-        values = asyncio.run(_await(values))
+        with ThreadPoolExecutor(1) as thread:  # a thread has no event loop; this one may have, in a notebook
+            values = thread.submit(asyncio.run, _await(values)).result()
     values = list(values) if isinstance(values, Sequence | map) or hasattr(values, "__iter__") else [values]
     if len(values) != expected:
         raise RewardError(f"{name} returned {len(values)} rewards for {expected} completions; expected one each")

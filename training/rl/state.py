@@ -13,7 +13,7 @@ from ..rollouts.engine import RolloutEngine
 from .prompts import PromptSource
 from .samples import Buffer
 
-_VERSION = 1
+_VERSION = 2
 
 
 def state_file(checkpoint: str | os.PathLike[str], rank: int) -> Path:
@@ -28,6 +28,7 @@ def save_state(
     buffer: Buffer,
     engine: RolloutEngine,
     pending: list[dict[str, float]],
+    update_sums: dict[str, float],
     step: int,
 ) -> None:
     """Write this rank's state; it appears by rename."""
@@ -41,6 +42,7 @@ def save_state(
         "buffer": buffer.state_dict(),
         "engine": engine.state_dict(),
         "pending": pending,
+        "update_sums": update_sums,
         "step": step,
     }
     partial = path.with_suffix(".partial")

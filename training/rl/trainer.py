@@ -5,7 +5,7 @@ filled first: rollouts, rewards, advantages, normalisers of all its steps. The T
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerControl
 
 from metis_home.errors import RecipeError, TrainingError
 
@@ -46,6 +47,7 @@ from .self_check import check_log_probabilities
 from .state import load_state, save_state
 from .tools import describe_tools, tools_of, with_tools
 from .update import Updater, sum_names
+from .validation import validate
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +61,12 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         reward_funcs: functions with TRL's signature, or names from `metis_home.training.rewards`.
         train_dataset: records, or what `load_records` reads.
         processing_class: a `MetisHomeProcessor`.
+        eval_dataset: held-out prompts, the same, or {name: the same}; answered as often as `eval_strategy` says, see
+            `validate`.
         engine: what generates; default: what `args.engine` says, the model itself or servers.
         tools: what rollouts may call, as objects; default: those that `args.tools` names.
-        ref_model: for the KL term; default: a copy of the model as it starts (with adapters: the model without them).
+        ref_model: for the KL term, or only for its metric where `kl_coef` is 0; default: a copy of the model as it
+            starts (with adapters: the model without them) if `kl_coef` or `log_kl` asks for it.
         peft_config: wrap the model with an adapter first.
         callbacks, optimizers: as in transformers.
     Raises:
@@ -79,6 +84,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         train_dataset: Sequence[Record] | Any,
         processing_class: Any,
         *,
+        eval_dataset: Any = None,
         engine: RolloutEngine | None = None,
         tools: Sequence[Tool] | None = None,
         ref_model: nn.Module | None = None,
@@ -92,12 +98,16 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             model = cast(nn.Module, get_peft_model(cast(Any, model), peft_config))
         self.base = base_of(model)
         self.trains_router = choose_parts(model, args)
-        records = _records(train_dataset)
-        self._step_counter = _StepNumbers(max(1, len(records) // args.prompts_per_step))
+        records, held_out = _records(train_dataset), _held_out(eval_dataset)
+        if args.eval_strategy != "no" and held_out is None:
+            raise RecipeError(f"eval_strategy is {str(args.eval_strategy)!r} and there is no eval_dataset to answer")
+        # An epoch shows every prompt once, each in as many steps as there are passes.
+        self._step_counter = _StepNumbers(max(1, len(records) // args.prompts_per_step) * args.passes_per_rollout)
         super().__init__(
             model=cast(Any, model),
             args=args,
             train_dataset=cast(Any, self._step_counter),
+            eval_dataset=cast(Any, held_out),
             data_collator=_first,
             processing_class=processing_class,
             callbacks=list(callbacks or ()),
@@ -109,6 +119,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             warn_of_coarse_weights(model)
         used_tools = tools_of(args, tools)
         records, system_prompt = describe_tools(records, args.system_prompt, used_tools, args)
+        self._tools = used_tools
         encoder = Encoder(processing_class, system_prompt=system_prompt, max_length=args.max_prompt_tokens)
         ranks, rank = collectives.world_size(), collectives.rank()
         self.source = PromptSource(records, encoder, seed=args.seed, rank=rank, world_size=ranks)
@@ -147,16 +158,15 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         self.updater = Updater.of(
             self.base, args, self.sampling.suppress_token_ids, trains_router=self.trains_router, device=args.device
         )
-        self.corrects_sampler = not self.engine.shares_weights and args.importance_cap is not None
         self.ref_model = reference_of(model, ref_model, args)
-        self.update_metrics = UpdateMetrics(
-            sum_names(args, trains_router=self.trains_router, corrects=self.corrects_sampler)
-        )
+        self.updater.corrects_sampler = not self.engine.shares_weights and args.importance_cap is not None
+        self.updater.compares_reference = self.ref_model is not None
+        self.update_metrics = UpdateMetrics(sum_names(self.updater))
         self.clock = Stopwatch()
         self.completions = CompletionsTable(args.output_dir, rank) if args.log_completions else None
         self._pending_metrics: list[dict[str, float]] = []
         self._resume_from: str | None = None
-        self._has_checked = False
+        self._has_checked = self._is_validating = False
         self.nan_guard = NanGuard(self.accelerator, lambda index: self.source.records[index].id, self._deepspeed_engine)
         self.add_callback(self.nan_guard)
         self.watch(args.watchdog_seconds, lambda index: self.source.records[index].id)
@@ -214,6 +224,9 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the metrics of the fillings and updates since the last time."""
+        if self._is_validating:
+            super().log(logs, *args, **kwargs)
+            return
         fillings, self._pending_metrics = self._pending_metrics, []
         for name in dict.fromkeys(name for metrics in fillings for name in metrics):
             values = [metrics[name] for metrics in fillings if name in metrics]
@@ -223,6 +236,48 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             if self.clock.seconds.get(stage):
                 logs[f"seconds/{stage}"] = self.clock.seconds.pop(stage)
         super().log(logs, *args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer and score held-out prompts; returns and logs the metrics.
+
+        Args:
+            eval_dataset: as in the constructor; default: the one given there.
+            ignore_keys: of no use here, there are no model outputs.
+        Raises:
+            TrainingError: there is nothing to answer, or sharded weights are not set up yet (before `train()`).
+        """
+        chosen = _held_out(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        if chosen is None:
+            raise TrainingError("there are no held-out prompts: pass eval_dataset to the trainer or to evaluate()")
+        if isinstance(chosen, Mapping):
+            found = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in chosen.items()]
+            return {name: value for metrics in found for name, value in metrics.items()}
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model_wrapped is self.model:
+            raise TrainingError("sharded weights are set up by train(): evaluate() before it is not possible")
+        if not self.engine.shares_weights:
+            self.engine.update_weights(self.base)
+        described, _ = describe_tools(chosen, self.args.system_prompt, self._tools, self.args)
+        metrics = validate(
+            described,
+            self.source.encoder,
+            self.filler,
+            self.engine,
+            self.args,
+            prefix=metric_key_prefix,
+            enter=self._enter,
+        )
+        if isinstance(self.engine, ToolRollouts):
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.engine.take_metrics().items()}
+        self._is_validating = True
+        try:
+            self.log(dict(metrics))
+        finally:
+            self._is_validating = False
+        control: TrainerControl = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the inputs of a step are only its number."""
@@ -236,6 +291,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
             buffer=self.buffer,
             engine=self.engine,
             pending=self._pending_metrics,
+            update_sums=self.update_metrics.state_dict(),
             step=self.state.global_step,
         )
         super()._save_checkpoint(model, trial)
@@ -264,7 +320,9 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         self._enter("rollouts and rewards")
         filling = self.filler.fill(self.state)
         self._enter("after rollouts: advantages, old log-probabilities")
-        metrics = filling_metrics(filling, self.scorer.names, self.filler.correct_name) | filling_columns(filling)
+        metrics = filling_metrics(
+            filling, self.scorer.names, self.filler.correct_name, drawn=self.sampling.branch == "sample"
+        ) | filling_columns(filling)
         if isinstance(self.engine, ToolRollouts):
             metrics |= self.engine.take_metrics()
         self._pending_metrics.append(metrics)
@@ -290,8 +348,6 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
 
         The first step of a filling needs nothing: its policy is the one that sampled, unless it comes again.
         """
-        for sample in self.buffer.samples:
-            sample.sampler_correction = self.corrects_sampler
         updates = self.args.updates_per_rollout
         later = self.buffer.steps[1 if self.args.passes_per_rollout == 1 else 0 : updates]
         if not later:
@@ -300,14 +356,17 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         if how == "auto":
             exact = self.engine.shares_weights and self.updater.is_float32()
             how = "sampler" if exact else "recompute"
+        samples = self.buffer.samples
+        rows = [row for step in later for batch in step.micro_batches for row in batch]
+        # Padding may be a rollout of the first step, which has no numbers, like all others of that step.
+        used = {row.sample for row in rows if not row.is_padding}
         if how == "sampler":
-            for row in [row for step in later for batch in step.micro_batches for row in batch]:
-                self.buffer.samples[row.sample].old_logprobs = self.buffer.samples[row.sample].rollout.logprobs
-            return
-        with self.compute_loss_context_manager():
-            scores = self.updater.score_samples(model, self.buffer.samples, later)
-        for number, logprobs in scores.items():
-            self.buffer.samples[number].old_logprobs = logprobs
+            found = {number: samples[number].rollout.logprobs for number in used}
+        else:
+            with self.compute_loss_context_manager():
+                found = self.updater.score_samples(model, samples, later)
+        for number in used:
+            samples[number].old_logprobs = found[number]
 
     def _score_reference(self) -> None:
         if self.ref_model is None:
@@ -336,6 +395,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         self.engine.load_state_dict(state["engine"])
         self.buffer = Buffer.from_state(state["buffer"], self.source.prompt)
         self._pending_metrics = state["pending"]
+        self.update_metrics.load_state_dict(state["update_sums"])
         self._has_checked = True
         if self.completions is not None:
             self.completions.forget_after(state["step"])
@@ -356,6 +416,12 @@ class _StepNumbers(Dataset):
 
 def _first(items: list[dict[str, int]]) -> dict[str, int]:
     return items[0]
+
+
+def _held_out(dataset: Any) -> list[Record] | dict[str, list[Record]] | None:
+    if isinstance(dataset, Mapping):
+        return {name: _records(part) for name, part in dataset.items()}
+    return None if dataset is None else _records(dataset)
 
 
 def _records(dataset: Any) -> list[Record]:

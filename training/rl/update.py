@@ -3,8 +3,8 @@
 Shapes: B rows, T tokens.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from ..rollouts.positions import RopeIndex, rope_index_of
 from ..vision_presence import VisionPresence
 from .batches import RolloutBatch, collate_rollouts, shared_images
 from .config import MetisRLConfig
+from .planning import decision_advantage
 from .samples import MicroBatch, Sample, StepPlan
 
 
@@ -35,6 +36,10 @@ class Updater:
     rope_index: RopeIndex
     presence: VisionPresence
     clipping: Clipping
+    corrects_sampler: bool = False
+    """Weigh tokens by p_trainer / p_sampler."""
+    compares_reference: bool = False
+    """Samples have `ref_logprobs`."""
 
     @classmethod
     def of(
@@ -63,30 +68,28 @@ class Updater:
         chosen = [samples[row.sample] for row in micro_batch]
         batch = self._collate(chosen)
         scores = self._score(model, batch, with_router=self.trains_router)
-        has_old = chosen[0].old_logprobs is not None
-        old_BT = batch.to_columns([sample.old_logprobs or [] for sample in chosen]) if has_old else None
-        importance_BT = sampler_BT = None
-        if chosen[0].sampler_correction:
-            sampler_BT = batch.to_columns([sample.rollout.logprobs for sample in chosen])
-            trainer_BT = scores.logp_BT.detach() if old_BT is None else old_BT
-            importance_BT = importance_weights(trainer_BT, sampler_BT, cap=self.config.importance_cap)
-        has_ref = chosen[0].ref_logprobs is not None
+        now_BT = scores.logp_BT.detach()
+        old_BT = _or_now([sample.old_logprobs for sample in chosen], now_BT, batch)
+        sampler_BT = batch.to_columns([sample.rollout.logprobs for sample in chosen])
+        importance_BT = None
+        if self.corrects_sampler:
+            importance_BT = importance_weights(old_BT, sampler_BT, cap=self.config.importance_cap)
+        has_ref = self.compares_reference
+        mask_BT = batch.mask_BT * self._tensor([not row.is_padding for row in micro_batch])[:, None]
         result = policy_loss(
             scores.logp_BT,
             old_BT,
-            batch.mask_BT,
+            mask_BT,
             self._surrogates(chosen, micro_batch),
             self.clipping,
             importance_BT=importance_BT,
-            ref_logp_BT=batch.to_columns([sample.ref_logprobs or [] for sample in chosen]) if has_ref else None,
+            ref_logp_BT=_or_now([sample.ref_logprobs for sample in chosen], now_BT, batch) if has_ref else None,
             kl_weight_B=self._tensor([row.kl_weight for row in micro_batch]) if has_ref else None,
             nll_weight_B=self._tensor([row.nll_weight for row in micro_batch]) if self.config.nll_coef else None,
             entropy_BT=scores.entropy_BT,
         )
-        if sampler_BT is not None:
-            reference_BT = scores.logp_BT.detach() if old_BT is None else old_BT
-            gap_BT = (reference_BT - sampler_BT).abs() * batch.mask_BT
-            result.sums.update(sampler_gap=gap_BT.sum(), sampler_gap_max=gap_BT.max())
+        gap_BT = (old_BT - sampler_BT).abs() * mask_BT
+        result.sums.update(sampler_gap=gap_BT.sum(), sampler_gap_max=gap_BT.max())
         if self.trains_router and scores.router_logits is not None:
             return self._with_router(result, scores.router_logits, chosen, micro_batch)
         return result
@@ -102,7 +105,7 @@ class Updater:
             {sample number: one number per completion token}.
         """
         found: dict[int, list[float]] = {}
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(model):  # the sampler has no dropout
             for micro_batch in [batch for step in steps for batch in step.micro_batches]:
                 chosen = [samples[row.sample] for row in micro_batch]
                 batch = self._collate(chosen)
@@ -165,13 +168,10 @@ class Updater:
         branch_B1 = torch.tensor([[sample.rollout.branch or 0] for sample in samples], device=router_logits.device)
         logp_BE = router_logits.float().log_softmax(-1)
         logp_B1 = logp_BE.gather(1, branch_B1)
-        has_old = samples[0].old_logprobs is not None
-        old_B1 = self._tensor([sample.rollout.branch_logprob for sample in samples])[:, None] if has_old else None
-        advantages = [sample.advantage for sample in samples]
-        if self.config.advantage == "hdpo":
-            advantages = [
-                self.config.w_acc * sample.advantage + self.config.w_tool * sample.tool_advantage for sample in samples
-            ]
+        has_old_B1 = torch.tensor([[sample.old_logprobs is not None] for sample in samples], device=self.device)
+        drawn_B1 = self._tensor([sample.rollout.branch_logprob for sample in samples])[:, None]
+        old_B1 = torch.where(has_old_B1, drawn_B1, logp_B1.detach())
+        advantages = [decision_advantage(sample, self.config) for sample in samples]
         weight_B = self._tensor([row.router_weight for row in micro_batch])
         decision = policy_loss(
             logp_B1,
@@ -188,12 +188,29 @@ class Updater:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
 
+def _or_now(known: Sequence[list[float] | None], now_BT: Tensor, batch: RolloutBatch) -> Tensor:
+    """Known log-probabilities; rows that have none take those of the moment (ratio 1)."""
+    is_known_B1 = torch.tensor([[values is not None] for values in known], device=now_BT.device)
+    return torch.where(is_known_B1, batch.to_columns([values or [] for values in known]), now_BT)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 _ROUTER_SUMS = ("tokens", "entropy", "clip_low", "clip_high")
 
 
-def sum_names(config: MetisRLConfig, *, trains_router: bool, corrects: bool) -> list[str]:
-    """The metric sums that `Updater.loss` returns under these settings; the same on every rank."""
+def sum_names(updater: Updater) -> list[str]:
+    """The metric sums that `Updater.loss` returns; the same on every rank."""
     names = ["tokens", "ratio", "ratio_max", "clip_low", "clip_high", "kl_old", "entropy"]
-    names += ["kl_ref"] if config.kl_coef else []
-    names += ["importance", "sampler_gap", "sampler_gap_max"] if corrects else []
-    return names + ([f"router_{name}" for name in _ROUTER_SUMS] if trains_router else [])
+    names += ["sampler_gap", "sampler_gap_max"]
+    names += ["kl_ref"] if updater.compares_reference else []
+    names += ["importance"] if updater.corrects_sampler else []
+    return names + ([f"router_{name}" for name in _ROUTER_SUMS] if updater.trains_router else [])

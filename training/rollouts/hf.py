@@ -38,6 +38,8 @@ class HFEngine:
         max_tokens: most tokens of a decoding batch: rows times (longest prompt and answer). Bounds the cache.
         seed: of the engine's own random numbers, which nothing else draws from.
         autocast: a function that returns a context for each call of the model (mixed precision).
+        device: where the model computes; default: where its parameters are now. A trainer says it, because wrappers
+            move the model later.
     """
 
     shares_weights = True
@@ -50,13 +52,14 @@ class HFEngine:
         max_tokens: int = 65536,
         seed: int = 0,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        device: torch.device | None = None,
     ) -> None:
         self.model = cast(Any, model)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.autocast = autocast
         self.has_branches = getattr(model.config, "model_type", None) == "metis_home"
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._rope_index = rope_index_of(model)
 

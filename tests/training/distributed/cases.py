@@ -67,8 +67,8 @@ _MORE = [*_BASIC, "swapped", "text_only", "one_branch", "router_and_head"]
 COMPARED = [*_MORE, "router_only"]
 # What an engine's two processes do: "cycle" saves, resumes and evaluates; the last are Stage-RL (`rl_worker.py`).
 CASES_OF = {
-    "ddp": [*_MORE, "router_only", "cycle", "scripted", "sampled"],
+    "ddp": [*_MORE, "router_only", "cycle", "scripted", "scripted_updates", "scripted_exhausted", "sampled"],
     "fsdp2": [*_MORE, "bf16", "cycle", "scripted", "scripted_branch", "sampled"],
     "zero2": [*_BASIC, "bf16", "cycle", "scripted", "sampled"],
-    "zero3": [*_MORE, "bf16", "cycle", "scripted", "scripted_branch", "sampled"],
+    "zero3": [*_MORE, "bf16", "cycle", "scripted", "scripted_branch", "scripted_updates", "sampled"],
 }

@@ -191,7 +191,7 @@ def main() -> None:
         print(f"rank {rank}: {name}", flush=True)
         if name == "cycle":
             results[name] = train_cycle(engine, model_dir, Path(out) / name, world)
-        elif name in ("scripted", "scripted_branch", "sampled"):
+        elif name.startswith(("scripted", "sampled")):
             results[name] = rl_worker.train(name, engine, model_dir, Path(out) / name, world)
         else:
             results[name] = train_case(CASES[name], engine, model_dir, Path(out) / name, world, watchdog_seconds=60)

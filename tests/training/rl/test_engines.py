@@ -1,13 +1,16 @@
 """The trainer with a server: the policy is followed, and settings that do not fit are refused."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from metis_home.errors import RecipeError, TrainingError
 from metis_home.training.rl import MetisRLTrainer
-from metis_home.training.rl.engines import servers_of
+from metis_home.training.rl.engines import make_engine, servers_of
 from metis_home.training.rollouts.server import ServerEngine
 from tests.training.rl.pico_rl import config, dense, processor, records, two_branch, vowels
 from tests.training.rollouts.local_server import LocalServer, running
@@ -16,6 +19,16 @@ from tests.training.rollouts.local_server import LocalServer, running
 def trainer(folder: Path, model: Any, server: LocalServer, **fields: Any) -> MetisRLTrainer:
     settings = {"engine": "server", "server_urls": [server.url], "self_check_tolerance": 1e-3, **fields}
     return MetisRLTrainer(model, config(folder, **settings), [vowels], records(), processor())
+
+
+def test_the_engine_computes_where_the_trainer_does_not_where_the_model_is_at_first(tmp_path: Path) -> None:
+    """FSDP and DeepSpeed move the model to its device after the engine was made."""
+    args = SimpleNamespace(engine="hf", seed=1, rollout_batch_tokens=100, device=torch.device("cpu", 0))
+
+    engine = make_engine(args, dense(), processor(), rank=0, autocast=nullcontext)  # type: ignore[arg-type]
+
+    assert next(engine.model.parameters()).device != args.device
+    assert engine.device == engine.generator.device == args.device
 
 
 def test_training_with_a_server_is_on_policy_at_every_step(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from metis_home.training.rl import MetisRLTrainer
 from metis_home.training.rl.plots import PLOTS
 from tests.processing.tiny import model_fields, tiny_tokenizer
-from tests.training.rl.pico_rl import dense, trainer, two_branch, vowels
+from tests.training.rl.pico_rl import config, dense, processor, records, trainer, two_branch, vowels
 
 
 def log_of(built) -> list[dict[str, float]]:
@@ -143,7 +144,17 @@ def test_cut_answers_can_be_left_out(tmp_path) -> None:
 
 
 def test_the_table_has_image_answer_rewards_and_branch_and_the_plots_are_drawn(tmp_path) -> None:
-    built = trainer(tmp_path, two_branch(), thinking="sample", log_completions=True, plots=True, max_steps=2)
+    built = trainer(
+        tmp_path,
+        two_branch(),
+        rewards=[vowels, correct],
+        reward_weights=[1.0, 0.0],
+        correct_reward="correct",
+        thinking="sample",
+        log_completions=True,
+        plots=True,
+        max_steps=2,
+    )
     built.train()
 
     rows = [json.loads(line) for line in (tmp_path / "completions/rank0.jsonl").read_text().splitlines()]
@@ -154,9 +165,84 @@ def test_the_table_has_image_answer_rewards_and_branch_and_the_plots_are_drawn(t
     assert first["rewards"]["vowels"] == first["reward"]
     assert set(first) >= {"prompt", "completion", "answer", "gold", "tokens", "finished", "tool_calls", "prompt_id"}
     drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
-    assert drawn == set(PLOTS)
+    assert drawn == {*PLOTS, "router_confidence", "router_calibration"}
     for path in (tmp_path / "plots").iterdir():
         assert Image.open(path).size[0] > 300
+
+
+def test_a_row_whose_writing_was_cut_is_forgotten(tmp_path) -> None:
+    fields = {"log_completions": True, "save_strategy": "steps", "save_steps": 1}
+    first = trainer(tmp_path, max_steps=2, **fields)
+    first.train()
+    whole = first.completions.path.read_text(encoding="utf-8")
+    first.completions.path.write_text(whole + whole.splitlines()[0][:50], encoding="utf-8")
+
+    trainer(tmp_path, max_steps=3, **fields).train(resume_from_checkpoint=True)
+
+    rows = [json.loads(line) for line in first.completions.path.read_text(encoding="utf-8").splitlines()]
+    assert {row["step"] for row in rows} == {1, 2, 3}
+
+
+def test_dropout_is_off_where_log_probabilities_are_compared(tmp_path) -> None:
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules=["q_proj", "gate_proj"], lora_dropout=0.5, init_lora_weights=False)
+    built = MetisRLTrainer(
+        dense(),
+        config(tmp_path, passes_per_rollout=2, old_logprobs="recompute"),
+        [vowels],
+        records(),
+        processor(),
+        peft_config=lora,
+    )
+
+    built.train()  # the self-check passes
+
+    old = [sample for sample in built.buffer.samples if sample.old_logprobs]
+    assert old
+    for sample in old:
+        assert sample.old_logprobs == pytest.approx(sample.rollout.logprobs, abs=1e-4)
+
+
+def test_adapters_on_frozen_parts_do_not_train(tmp_path) -> None:
+    from peft import LoraConfig
+
+    def trained(model, **fields) -> list[str]:
+        lora = LoraConfig(r=2, target_modules=["q_proj", "gate_proj"])
+        built = MetisRLTrainer(model, config(tmp_path, **fields), [vowels], records(), processor(), peft_config=lora)
+        return [name for name, parameter in built.model.named_parameters() if parameter.requires_grad]
+
+    text_only = set(trained(dense()))
+    assert text_only
+    assert not [name for name in text_only if ".visual." in name]
+    assert set(trained(dense(), freeze_vision=False)) > text_only
+    both = trained(two_branch(), thinking=True)
+    assert [name for name in both if ".experts.1." in name]
+    chosen = trained(two_branch(), thinking=True, freeze=["vision", "thinking_branch"])
+    assert chosen
+    assert not [name for name in chosen if ".visual." in name or ".experts.1." in name]
+
+
+def test_kl_can_be_logged_without_a_loss(tmp_path) -> None:
+    logs = {}
+    for fields in ({}, {"log_kl": True}):
+        model = dense()
+        built = trainer(tmp_path, model, max_steps=3, **fields)
+        built.train()
+        logs[len(fields)] = ([entry.get("kl/ref") for entry in log_of(built)], model.state_dict())
+
+    assert logs[0][0] == [None] * 3
+    assert logs[1][0][0] == pytest.approx(0, abs=1e-6)
+    assert logs[1][0][2] > 0
+    assert all(torch.equal(value, logs[1][1][name]) for name, value in logs[0][1].items())
+
+
+def test_an_epoch_shows_every_prompt_once_however_many_passes(tmp_path) -> None:
+    built = trainer(tmp_path, max_steps=-1, num_train_epochs=1, passes_per_rollout=3, dynamic_sampling=False)
+    built.train()
+
+    assert built.state.global_step == 9
+    assert built.source.state_dict() == {"epoch": 0, "position": 6}
 
 
 def test_numbers_that_are_none_stop_the_run_before_the_weights_change(tmp_path) -> None:

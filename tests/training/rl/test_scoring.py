@@ -1,5 +1,7 @@
 """Reward functions: what they are called with, what may come back, how components add up."""
 
+import asyncio
+
 import pytest
 
 from metis_home.errors import RecipeError, RewardError
@@ -128,6 +130,29 @@ def test_async_functions_and_tensors_are_understood() -> None:
     [scores] = Scorer([later, tensor]).score([[rollout(), rollout()]])
 
     assert scores.total == [1.25, 0.5]
+
+
+def test_async_functions_work_where_an_event_loop_runs() -> None:
+    async def later(completions, **columns):
+        return [1.0] * len(completions)
+
+    async def notebook():
+        return Scorer([later]).score([[rollout("a")]])
+
+    assert asyncio.run(notebook())[0].total == [1.0]
+
+
+def test_a_component_of_weight_0_is_only_reported() -> None:
+    def half(completions, **columns):
+        return [None if number % 2 else 5.0 for number in range(len(completions))]
+
+    def one(completions, **columns):
+        return [1.0] * len(completions)
+
+    [scores] = Scorer([one, half], [1.0, 0.0]).score([[rollout("a"), rollout("b")]])
+
+    assert scores.total == [1.0, 1.0]
+    assert scores.components["half"] == [5.0, None]
 
 
 def test_functions_by_name_are_those_of_the_package() -> None:
