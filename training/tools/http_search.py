@@ -136,7 +136,7 @@ class HttpSearch:
         try:
             results = json.loads(content)["results"]
             return [_hit(result) for result in results[:limit]]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise EngineError(
                 f'{self.url}: the answer is not {{"results": [{{"title", "text"}}, ...]}}: {type(error).__name__}: {error}'
             ) from error

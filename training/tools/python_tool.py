@@ -11,8 +11,8 @@ from PIL import Image
 from ...errors import ProcessorError
 from ...media import load_image
 from .limits import SandboxLimits
-from .protocol import ErrorKind, ToolContext, ToolResult, describe
-from .sandbox import Sandbox, SandboxResult
+from .protocol import ErrorKind, ToolContext, ToolResult, describe, failure
+from .sandbox import FolderFullError, Sandbox, SandboxResult
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,10 @@ class PythonTool:
             context.files.update(_question_images(context))
         place = {**context.files, **(self._font_list() if "matplotlib" in code or "pyplot" in code else {})}
 
-        result = self.sandbox.run(code, place)
+        try:
+            result = self.sandbox.run(code, place)
+        except FolderFullError as error:
+            return failure("limit", str(error), time.monotonic() - start)
 
         known = {**context.files, **result.changed}
         context.files = {name: known[name] for name in result.kept if name in known}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ...errors import SandboxError
-from .enclosure import wire
+from .enclosure import collect, wire
 from .limits import SandboxLimits
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Ended = Literal["finished", "failed", "killed", "time", "memory", "output"]
 
 FOLDER = "/scratch"  # the working directory of every program
+_TEMPORARY = "../tmp/"  # how names of files in the temporary folder begin
 _PROGRAM, _RUNNER = "/program/program.py", "/program/runner.py"
 _ENCLOSURE = Path(__file__).parent / "enclosure"
 _BOOT = "import sys; sys.path.append({!r}); from enclosure import {}; {}.main()"
@@ -38,6 +39,10 @@ _MAX_PROGRAM_BYTES = 1 << 20
 _SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/local/lib", "/lib", "/lib64", "/lib32")
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/usr/share/zoneinfo", "/usr/share/fonts")
 _SYSTEM_PREFIXES = ("/", "/usr", "/usr/local")
+
+
+class FolderFullError(SandboxError):
+    """The files that a program is to find do not fit into its folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,26 +127,34 @@ class Sandbox:
         Args:
             program: source text, run as `__main__` in the folder `/scratch`; a last expression is printed.
             files: content of the folder before it starts, by relative name; names that begin with "../tmp/" are
-                placed in the temporary folder instead and do not come back.
+                placed in the temporary folder instead, where they have room of their own, and do not come back.
             environment: variables beside the few that are always set; nothing is inherited.
         Raises:
-            SandboxError: the program or the files are too large, or the enclosure failed.
+            FolderFullError: the files do not fit into the folder.
+            SandboxError: the program is too large, or the enclosure failed.
         """
         encoded = program.encode("utf-8", "replace")
         if len(encoded) > _MAX_PROGRAM_BYTES:
             raise SandboxError(f"the program has {len(encoded)} bytes. At most {_MAX_PROGRAM_BYTES} are run.")
         files = dict(files or {})
-        size = sum(map(len, files.values()))
-        if size > self.limits.scratch_bytes or len(files) >= self.limits.scratch_files - 2:
-            raise SandboxError(
-                f"the folder holds {len(files)} files of {size} bytes. It takes {self.limits.scratch_files - 3} files "
-                f"of {self.limits.scratch_bytes} bytes; raise the limit or delete some."
-            )
+        _refuse_too_much(files, self.limits)
         if not self.is_enclosed:
             from .unsafe_local import run_unprotected
 
             return run_unprotected(program, files, self.limits, dict(environment or {}))
         return _run_enclosed(encoded, files, self.limits, self._interpreter, environment or {})
+
+
+def _refuse_too_much(files: Mapping[str, bytes], limits: SandboxLimits) -> None:
+    inside = {name: len(content) for name, content in files.items() if not name.startswith(_TEMPORARY)}
+    room = collect.Room(max_files=limits.scratch_files, max_bytes=limits.scratch_bytes)
+    for name, size in inside.items():
+        problem = room.refuse(name, size)
+        if problem is not None:
+            raise FolderFullError(
+                f"the folder {FOLDER} is full: it holds {len(inside)} files of {sum(inside.values())} bytes, {problem}. "
+                "Raise the limit or leave some out."
+            )
 
 
 def sandbox_available() -> tuple[bool, str]:

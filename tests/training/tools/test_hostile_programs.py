@@ -55,6 +55,13 @@ EXPECTED: dict[str, tuple[set[str], list[str]]] = {
             *("refused: Too many open files after 30 pipes", "larger pipes refused: Operation not permitted\n"),
         ],
     ),
+    "locks": (
+        {"finished"},
+        [
+            *("refused: exclusive lock: Operation not permitted", "refused: lease: Operation not permitted"),
+            *("refused: exclusive record lock: Bad file descriptor", "own database: (4,)"),
+        ],
+    ),
     "many_threads": ({"finished"}, ["refused after 8"]),
     "memory_bomb": ({"finished"}, ["refused after"]),
     "memory_bomb_forked": ({"memory"}, []),

@@ -153,10 +153,53 @@ def test_source_that_is_no_text_or_no_program_is_an_error_of_the_program() -> No
         assert "Error" in result.text
 
 
+FILLERS = {
+    "bytes": "with open('big', 'wb') as file:\n    while True: file.write(bytes(1 << 16))",
+    "files": "for n in range(9999): open(str(n), 'w').close()",
+    "folders": "import os\nfor n in range(9999): os.mkdir(f'd{n}'); open(f'd{n}/f', 'w').close()",
+    "a sparse file": "open('a', 'w').write('x')\nwith open('big', 'wb') as file: file.truncate(SIZE - 1)",
+    "small files": "for n in range(99): open(f'a{n}', 'w').write('x')\nwith open('big', 'wb') as file: file.truncate(SIZE - 99)",
+    "the temporary folder too": "import pathlib\nfor path in pathlib.Path('/tmp').iterdir(): path.unlink()\n"
+    "with open('big', 'wb') as file:\n    while True: file.write(bytes(4096)); file.flush()",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("filler", FILLERS.values(), ids=FILLERS)
+def test_a_full_folder_stops_no_later_program(filler: str) -> None:
+    size = 1 << 20
+    limits = SandboxLimits(scratch_bytes=size, scratch_files=128, file_bytes=2 * size, wall_seconds=200)
+    tool, context = PythonTool(limits=limits), ToolContext()
+    tool._fonts = {"../tmp/fontlist.json": bytes(5000), "../tmp/fontlist2.json": b"x"}
+
+    tool.run({"code": f"SIZE = {size}\n{filler}"}, context)
+    again = tool.run({"code": "# matplotlib\nimport os\nlen(os.listdir('/tmp')), len(os.listdir('.')) > 0"}, context)
+    emptied = tool.run({"code": "import shutil\nshutil.rmtree('.', ignore_errors=True)"}, context)
+
+    assert again.text == "(2, True)"
+    assert emptied.ok
+    assert context.files == {}
+
+
+@needs_sandbox
+def test_a_folder_that_cannot_be_made_is_a_limit_and_no_broken_tool() -> None:
+    tool = PythonTool(limits=SandboxLimits(scratch_bytes=1 << 20))
+    context = ToolContext(files={"big": bytes(2 << 20)})
+
+    result = tool.run({"code": "1"}, context)
+
+    assert (result.ok, result.error) == (False, "limit")
+    assert "the folder /scratch is full: it holds 1 files of 2097152 bytes" in result.text
+
+
 @needs_sandbox
 def test_too_much_to_bring_in_is_refused() -> None:
-    with pytest.raises(SandboxError, match="the folder holds"):
-        Sandbox(SandboxLimits(scratch_bytes=1000)).run("1", {"big": bytes(2000)})
+    with pytest.raises(
+        SandboxError, match=r"is full: it holds 1 files of 9000 bytes, 9000 bytes, more than 1000 in all"
+    ):
+        Sandbox(SandboxLimits(scratch_bytes=1000)).run("1", {"big": bytes(9000)})
+    with pytest.raises(SandboxError, match="more than 7 files and folders"):
+        Sandbox(SandboxLimits(scratch_files=10)).run("1", {f"{n}/a": b"" for n in range(4)})
     with pytest.raises(SandboxError, match="the program has"):
         Sandbox().run("#" * (2 << 20))
 

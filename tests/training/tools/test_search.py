@@ -69,6 +69,9 @@ class Service(BaseHTTPRequestHandler):
     def answer_odd(self, body: dict) -> None:
         self.reply(200, b'{"results": [3]}')
 
+    def answer_score(self, body: dict) -> None:
+        self.reply(200, b'{"results": [{"title": "T", "score": 1' + b"0" * 400 + b"}]}")
+
     def answer_large(self, body: dict) -> None:
         self.reply(200, b" " * 2_000_000)
 
@@ -237,7 +240,7 @@ def test_a_refusal_is_not_repeated(service: str) -> None:
     assert len(Service.asked) == 1
 
 
-@pytest.mark.parametrize("path", ["/text", "/odd"])
+@pytest.mark.parametrize("path", ["/text", "/odd", "/score"])
 def test_an_answer_in_another_form_is_an_error(service: str, path: str) -> None:
     with pytest.raises(EngineError, match="the answer is not"):
         ask(service + path)

@@ -1,6 +1,7 @@
 """What a program left in its folder, read when nothing runs any more: regular files within limits, nothing else.
 
-Links, pipes, sockets and devices are never followed or opened; they are named as left out.
+Links, pipes, sockets and devices are never followed or opened; they are named as left out. What comes back fits into the
+folder of the next program, whatever it was here: a sparse file counts in full, and every file in whole pages.
 """
 
 from __future__ import annotations
@@ -16,8 +17,40 @@ MAX_DEPTH = 8
 MAX_NAME_BYTES = 200
 _LISTED = 20  # so many names of left out files are reported
 
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_OWN_FOLDERS = 3  # of a writable file system: its root, and the two places where it is seen
+
 Stamp = tuple[int, int, int]
 Snapshot = dict[str, Stamp]
+
+
+class Room:
+    """What fits into the writable file system, which counts pages, files and folders."""
+
+    def __init__(self, *, max_files: int, max_bytes: int) -> None:
+        self._files, self._bytes = max_files - _OWN_FOLDERS, in_pages(max_bytes)
+        self._limits = f"more than {self._files} files and folders", f"more than {max_bytes} in all"
+        self._folders = {"", "/"}  # where every name begins
+
+    def refuse(self, name: str, size: int) -> str | None:
+        """Take the room of a file with this relative name; or say why there is none."""
+        folders, folder = set(), os.path.dirname(name)
+        while folder not in self._folders:
+            folders.add(folder)
+            folder = os.path.dirname(folder)
+        if len(folders) + 1 > self._files:
+            return self._limits[0]
+        if in_pages(size) > self._bytes:
+            return f"{size} bytes, {self._limits[1]}"
+        self._files -= len(folders) + 1
+        self._bytes -= in_pages(size)
+        self._folders |= folders
+        return None
+
+
+def in_pages(size: int) -> int:
+    """Bytes that a file of this size takes."""
+    return -(-size // _PAGE) * _PAGE
 
 
 def snapshot(root: str) -> Snapshot:
@@ -32,15 +65,11 @@ def collect(
     changed: list[tuple[str, bytes]] = []
     kept: list[str] = []
     left_out: list[str] = []
-    total = 0
+    room = Room(max_files=max_files, max_bytes=max_bytes)
     for name, path, stamp in sorted(_regular_files(root, left_out)):
-        if len(kept) >= max_files:
-            left_out.append(f"{name}: more than {max_files} files")
+        if (problem := room.refuse(name, stamp[1])) is not None:
+            left_out.append(f"{name}: {problem}")
             continue
-        if total + stamp[1] > max_bytes:  # the size it claims: a sparse file counts in full
-            left_out.append(f"{name}: {stamp[1]} bytes, more than {max_bytes} in all")
-            continue
-        total += stamp[1]
         kept.append(name)
         if before.get(name) != stamp:
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:

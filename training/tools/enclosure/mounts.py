@@ -13,6 +13,7 @@ import os
 import stat
 
 from . import kernel
+from .collect import in_pages
 
 TYPE_CHECKING = False  # as typing's, without the 10 ms that importing typing takes
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def build_root(
 
     Args:
         links: (path, target) of symbolic links to recreate, such as /lib -> usr/lib.
-        files: (absolute path, content) below /program, /scratch or /tmp.
+        files: (absolute path, content) below /program, /scratch or /tmp; those below /tmp have room of their own.
     """
     stage = next(path for path in _STAGES if os.path.isdir(path))
     program_bytes = sum(len(content) for path, content in files if path.startswith(PROGRAM + "/"))
@@ -67,7 +68,9 @@ def build_root(
     for path in (SCRATCH, TEMPORARY, PROGRAM, "/etc"):
         os.makedirs(_here(path), exist_ok=True)
     _write(_here("/etc/passwd"), _PASSWD.encode())
-    scratch = kernel.new_filesystem("tmpfs", size=str(scratch_bytes), nr_inodes=str(scratch_files), mode="0700")
+    given = [in_pages(len(content)) for path, content in files if path.startswith(TEMPORARY + "/")]
+    limits = {"size": str(scratch_bytes + sum(given)), "nr_inodes": str(scratch_files + len(given))}
+    scratch = kernel.new_filesystem("tmpfs", **limits, mode="0700")
     kernel.move_mount(scratch, _here(SCRATCH))
     # Two folders of one tmpfs share its limit; each covers the place where it is wanted.
     for name in ("folder", "temporary"):

@@ -55,6 +55,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "lsetxattr": (189, 6),
     "fsetxattr": (190, 7),
     "setxattrat": (463, 463),
+    "flock": (73, 32),  # a file that can only be read can be locked, and a program outside may wait for it
     # memory that no address space or folder accounts for
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
@@ -97,7 +98,8 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
 }
 SOCKET, CLONE, CLONE3, PRLIMIT = (41, 198), (56, 220), (435, 435), (302, 261)
 SCHED_SETAFFINITY, IOCTL, FCNTL = (203, 122), (16, 29), (72, 25)
-_F_SETPIPE_SZ = 1031
+# More memory for a pipe; a lease, for which whoever opens the file outside would wait.
+_FCNTL_DENIED = (1031, 1024)  # F_SETPIPE_SZ, F_SETLEASE
 _TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 _NAMESPACE_FLAGS = kernel.ALL_NAMESPACES | kernel.CLONE_NEWTIME
 
@@ -128,7 +130,8 @@ def build_filter(machine: str) -> bytes:
     program += _unless(SCHED_SETAFFINITY[column], 0, _EQUAL, 0, refuse_when=False)
     for request in _TERMINAL_INPUT:
         program += _unless(IOCTL[column], 1, _EQUAL, request, refuse_when=True)
-    program += _unless(FCNTL[column], 1, _EQUAL, _F_SETPIPE_SZ, refuse_when=True)
+    for command in _FCNTL_DENIED:
+        program += _unless(FCNTL[column], 1, _EQUAL, command, refuse_when=True)
     program.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
