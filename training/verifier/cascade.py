@@ -1,30 +1,24 @@
 """`verify_answer`: extract, choose the kind by the gold, compare with the typed matcher, and only then with math-verify."""
 
 import asyncio
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
 from metis_home.errors import RewardError
 
-from . import choice, clock, quantity, sequences, words
-from .expression import GoldUnreadable, looks_mathematical, require_readable, same_expression
+from . import quantity
+from .expression import GoldUnreadable
 from .extract import extract_answer
 from .kinds import canonical_kind, infer_kind
-from .normalise import clean, fold, only_math_span
+from .matchers import READERS, Compare, Settings
+from .normalise import only_math_span
 from .verdict import TimedOut, Unreadable, Verdict
 
 MAX_GOLD = 2000  # characters
 MAX_ANSWER = 2000  # of an extracted answer; longer is an essay
 CACHE_SIZE = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    options: tuple[str, ...] | None
-    tolerance: Fraction | None
 
 
 def verify_answer(
@@ -104,7 +98,7 @@ def gold_problem(
 class _Gold:
     kind: str
     text: str
-    compare: "Callable[[str], tuple[bool, str]]"  # raises Unreadable for the prediction, GoldUnreadable for the gold
+    compare: Compare
 
 
 @lru_cache(maxsize=CACHE_SIZE)
@@ -149,219 +143,10 @@ def _read_gold(
         return None, f"has {len(text)} characters"
     chosen = kind or infer_kind(text, options)
     try:
-        settings = _Settings(options, _absolute(tolerance, text))
-        return _Gold(chosen, text, _READERS[chosen](text, settings)), None
+        settings = Settings(options, _absolute(tolerance, text))
+        return _Gold(chosen, text, READERS[chosen](text, settings)), None
     except Unreadable as error:
         return None, f"is no {chosen}: {error}"
-
-
-def _choice(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    right = choice.read_gold_choice(gold, settings.options)
-    return lambda text: choice.same_choice(right, text, _same_plain)
-
-
-def _choices(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    right = choice.read_letters(gold)
-
-    def compare(text: str) -> tuple[bool, str]:
-        found = choice.read_letters(text)
-        return found == right, f"chooses {', '.join(sorted(found))}"
-
-    return compare
-
-
-def _boolean(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    right = words.read_boolean(gold)
-
-    def compare(text: str) -> tuple[bool, str]:
-        found = words.read_boolean(text)
-        return found == right, f"says {'yes' if found else 'no'}"
-
-    return compare
-
-
-def _text(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    if settings.options:
-        right = words.find_option(gold, settings.options)
-
-        def compare_option(text: str) -> tuple[bool, str]:
-            found = words.find_option(text, settings.options or ())
-            return found == right, f"names option {found + 1}"
-
-        return compare_option
-    folded = words.gold_text(gold)
-
-    def compare(text: str) -> tuple[bool, str]:
-        same = words.read_text(text) == folded
-        return same, "the same words" if same else "other words"
-
-    return compare
-
-
-def _integer(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    if not quantity.read_quantity(gold).is_integer:
-        raise Unreadable("is not a whole number")
-    return _number(gold, settings)
-
-
-def _number(gold: str, settings: _Settings, *, in_percent: bool = False) -> Callable[[str], tuple[bool, str]]:
-    right = quantity.read_quantity(gold, in_percent=in_percent)
-
-    def compare(text: str) -> tuple[bool, str]:
-        try:
-            found = quantity.read_quantity(text, in_percent=in_percent)
-        except Unreadable:
-            stated = _number_of_a_sentence(text)
-            if stated is not None:
-                found = quantity.read_quantity(stated, in_percent=in_percent)
-            elif looks_mathematical(text) and right.unit.is_bare and not right.label and not in_percent:
-                return same_expression(_written(right.value), text, settings.tolerance)
-            else:
-                raise
-        return quantity.same_quantity(right, found, settings.tolerance)
-
-    return compare
-
-
-def _percent(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    return _number(gold, settings, in_percent=True)
-
-
-def _time(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    right = clock.read_time(gold)
-    return lambda text: clock.same_time(right, clock.read_time(text))
-
-
-def _ratio(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    right = clock.read_ratio(gold)
-
-    def compare(text: str) -> tuple[bool, str]:
-        try:
-            found = clock.read_ratio(text)
-        except Unreadable:
-            if len(right) != 2 or not right[1] or ("/" not in text and "frac" not in text):
-                raise
-            found = (quantity.read_quantity(text).value, Fraction(1))
-            return right[0] / right[1] == found[0], "compared as a fraction"
-        return found == right, "the ratios are equal" if found == right else "the ratios differ"
-
-    return compare
-
-
-def _several(
-    read: Callable[[str], sequences.Group],
-    same: Callable[[sequences.Group, sequences.Group, sequences.SameElement], tuple[bool, str]],
-) -> Callable[[str, _Settings], Callable[[str], tuple[bool, str]]]:
-    def reader(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-        right = read(gold)
-        for element in right.elements:
-            _read_element(element)
-        return lambda text: same(right, read(text), _same_element(settings))
-
-    return reader
-
-
-def _interval(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    right = sequences.read_intervals(gold)
-    return lambda text: sequences.same_intervals(right, sequences.read_intervals(text), _same_element(settings))
-
-
-def _expression(gold: str, settings: _Settings) -> Callable[[str], tuple[bool, str]]:
-    if not clean(gold):
-        raise Unreadable("is empty")
-    require_readable(gold)
-    return lambda text: same_expression(gold, text, settings.tolerance)
-
-
-_READERS: dict[str, Callable[[str, _Settings], Callable[[str], tuple[bool, str]]]] = {
-    "choice": _choice,
-    "choices": _choices,
-    "boolean": _boolean,
-    "text": _text,
-    "integer": _integer,
-    "number": _number,
-    "percent": _percent,
-    "time": _time,
-    "ratio": _ratio,
-    "point": _several(sequences.read_group, sequences.same_point),
-    "interval": _interval,
-    "list": _several(sequences.read_group, sequences.same_list),
-    "set": _several(sequences.read_group, sequences.same_set),
-    "expression": _expression,
-}
-
-
-def _same_element(settings: _Settings) -> sequences.SameElement:
-    """Compare elements by the gold element's looks; without options, which belong to whole answers.
-
-    Raises (when called): TimedOut and GoldUnreadable, which end the whole comparison.
-    """
-
-    def same(gold: str, prediction: str) -> bool:
-        if clean(gold) == clean(prediction):
-            return True
-        try:
-            if not _is_plain(gold):
-                return same_expression(gold, prediction, settings.tolerance)[0]
-            return _READERS[infer_kind(gold)](gold, _Settings(None, settings.tolerance))(prediction)[0]
-        except TimedOut:
-            raise
-        except Unreadable:
-            return False
-
-    return same
-
-
-def _read_element(element: str) -> None:
-    """Refuse an element of a gold that could not be compared.
-
-    Raises:
-        Unreadable: empty, or an expression that math-verify cannot read.
-    """
-    if not clean(element):
-        raise Unreadable("an element is empty")
-    if not _is_plain(element):
-        require_readable(element)
-
-
-def _is_plain(text: str) -> bool:
-    """Not for math-verify: a number, a word, a time, a nested list."""
-    return infer_kind(text) != "expression"
-
-
-def _same_plain(gold: str, prediction: str) -> bool:
-    """Equal by the typed matchers alone: the texts of options, which may be numbers. Never reaches math-verify."""
-    kind = infer_kind(gold)
-    if kind in ("expression", "choice", "choices"):
-        return fold(clean(gold)) == fold(clean(prediction))
-    try:
-        if kind == "number":
-            return quantity.same_quantity(quantity.read_quantity(gold), quantity.read_quantity(prediction))[0]
-        if kind in ("time", "ratio", "boolean"):
-            return _READERS[kind](gold, _Settings(None, None))(prediction)[0]
-    except Unreadable:
-        return False
-    return fold(clean(gold)) == fold(clean(prediction))
-
-
-_VERB = re.compile(r"(.{0,400})\b(is|are|equals|=)\s+(?:equal to |exactly )?(\S.{0,160})$")
-
-
-def _number_of_a_sentence(text: str) -> str | None:
-    """`The area is 12 cm` -> `12 cm`: what follows the last "is", where no digit stands before it and it is a number."""
-    found = _VERB.match(text.replace("\n", " "))
-    if found is None or re.search(r"\d", found[1]):
-        return None
-    try:
-        quantity.read_quantity(found[3])
-    except Unreadable:
-        return None
-    return found[3]
-
-
-def _written(value: Fraction) -> str:
-    """An exact number as LaTeX."""
-    return str(value) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _absolute(tolerance: float | str | None, gold: str) -> Fraction | None:

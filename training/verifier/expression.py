@@ -4,8 +4,10 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
+from .equations import FUNCTIONS, is_relation, stated
 from .normalise import clean
 from .pool import Comparison, shared_pool
+from .quantity import read_quantity
 from .verdict import TimedOut, Unreadable
 
 MAX_LENGTH = 512  # characters
@@ -13,11 +15,11 @@ MAX_DEPTH = 20  # nested brackets; 300 take the parser 2 s
 MAX_DIGITS = 60  # of one number
 MAX_FACTORIAL = 170
 MAX_EXPONENT_PRODUCT = 10_000  # of all numeric exponents: ((2^99)^99)^99 is as bad as 2^970299
+NEAR = Fraction(1, 100)  # how far two sides of an "approximately equal" may be apart
 CACHE_SIZE = 65_536
 
-_FUNCTIONS = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi|min|max|lim|mod"
 _MARKS = re.compile(
-    rf"[\^_=+*/√π∞<>|]|\\[a-zA-Z]|\b(?:{_FUNCTIONS})\b|\d!|\)!|(?<![\w])[a-zA-Z]\(|\d\s?-\s?[\d(a-z]|^-[a-z(]"
+    rf"[\^_=+*/√π∞<>|]|\\[a-zA-Z]|\b(?:{FUNCTIONS})\b|\d!|\)!|(?<![\w])[a-zA-Z]\(|\d\s?-\s?[\d(a-z]|^-[a-z(]"
 )
 _SHORT_PRODUCT = re.compile(r"-?\d+(?:\.\d+)?\s?(?:[a-zA-Z]\b\s?){1,3}")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
@@ -32,22 +34,50 @@ _TOWER = re.compile(r"(?:\^|\*\*)\s?[({]*\s?-?\s?\d+\s?[)}]*\s?(?:\^|\*\*)")
 def looks_mathematical(text: str) -> bool:
     """Is this an expression rather than words? `2x+1`, `3a` are; `blue`, `T-shirt`, `H2O` are not."""
     text = clean(text)
-    words = [word for word in _WORD.findall(text) if not re.fullmatch(_FUNCTIONS, word)]
+    words = [word for word in _WORD.findall(text) if not re.fullmatch(FUNCTIONS, word)]
     if words and not re.search(r"\\[a-zA-Z]", text):
         return False
     return _MARKS.search(text) is not None or _SHORT_PRODUCT.fullmatch(text) is not None
 
 
 def same_expression(gold: str, prediction: str, tolerance: Fraction | None = None) -> tuple[bool, str]:
-    """Are the two equal to math-verify?
+    """Are the two equal to math-verify? Of an equation that answers a gold without one, every side that it states.
 
     Raises:
         Unreadable: the prediction cannot be parsed, or a guard refuses it; `TimedOut` if it took too long.
         GoldUnreadable: the same for the gold.
     """
-    gold_text = _guarded_gold(gold)
-    prediction_text = guarded(prediction)
-    comparison = _compared(gold_text, prediction_text, None if tolerance is None else float(tolerance))
+    text = clean(prediction)
+    if not is_relation(text) or is_relation(clean(gold)):
+        return _same_side(gold, prediction, tolerance)
+    _guarded_gold(gold)
+    guarded(prediction)
+    sides = stated(text)
+    verdicts = [_same_side(gold, side, tolerance) for side in sides.equal]
+    exact = next((verdict for verdict in verdicts if not verdict[0]), verdicts[0] if verdicts else (False, ""))
+    if not sides.near:
+        return exact
+    anchors = [gold] if exact[0] else [side for side in sides.near if _same_side(gold, side, tolerance)[0]]
+    return _all_near(anchors[0], (*sides.equal, *sides.near)) if anchors else (False, "math-verify: not equal")
+
+
+def _all_near(anchor: str, sides: tuple[str, ...]) -> tuple[bool, str]:
+    """Does everything beside an "approximately equal" agree to 1 %, so that `\\sqrt{2} \\approx 7` claims nothing?"""
+    for side in sides:
+        if side == anchor:
+            continue
+        try:
+            value = read_quantity(side).value
+        except Unreadable:
+            value = read_quantity(anchor).value
+        verdict = _same_side(anchor, side, abs(value) * NEAR)
+        if not verdict[0]:
+            return verdict
+    return True, "math-verify: equal"
+
+
+def _same_side(gold: str, prediction: str, tolerance: Fraction | None) -> tuple[bool, str]:
+    comparison = _compared(_guarded_gold(gold), guarded(prediction), None if tolerance is None else float(tolerance))
     if comparison.status == "gold_unreadable":
         raise GoldUnreadable("math-verify cannot parse it")
     if comparison.status == "gold_too_long":

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from metis_home.prompts import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 from metis_home.responses import END_TOKENS
 
+from .hedges import clauses, denies
+
 _BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
 _PHRASE = re.compile(
     r"(?:\bfinal\s+answer|\banswer|\bsolution|\bresult)\b\W{0,4}(?:(?:is|are|:|=)\s*){1,2}", re.IGNORECASE
@@ -96,9 +98,11 @@ def _last_block(text: str) -> str | None:
 
 
 def _after_phrase(text: str) -> str:
-    """What follows the last "the answer is" on its line; the text itself where nothing does."""
-    ends = [found.end() for found in _PHRASE.finditer(text)]
-    rest = text[ends[-1] :].strip() if ends else ""
+    """What follows the last "the answer is" on its line; the text itself where nothing does, or the phrase is denied."""
+    found = list(_PHRASE.finditer(text))
+    if not found or denies(clauses(text[: found[-1].end()])[-1]):
+        return text
+    rest = text[found[-1].end() :].strip()
     return rest.split("\n", 1)[0] if rest else text
 
 

@@ -10,12 +10,14 @@ from .clock import read_time
 from .expression import looks_mathematical
 from .normalise import clean
 from .quantity import read_quantity
+from .ranges import is_range
 from .sequences import Group, read_group, read_intervals
 from .verdict import Unreadable
+from .words import find_option
 
 KINDS = (
-    "choice", "choices", "boolean", "text", "integer", "number", "percent", "time", "ratio", "point", "interval",
-    "list", "set", "expression",
+    "choice", "choices", "boolean", "text", "integer", "number", "percent", "time", "ratio", "range", "point",
+    "interval", "list", "set", "expression",
 )  # fmt: skip
 # Names that data sets use.
 _OTHER_NAMES = {
@@ -48,6 +50,8 @@ def canonical_kind(kind: str) -> str:
 def infer_kind(gold: str, options: Sequence[str] | None = None) -> str:
     """What kind of answer this gold is, by its looks; `docs/rewards.md` has the table. Never raises."""
     text = clean(gold)
+    if options and len(options) > len(LETTERS) and _reads(lambda: find_option(gold, options)):
+        return "text"
     if options and _reads(lambda: read_gold_choice(gold, options)):
         return "choice"
     if re.fullmatch(r"\(?[A-H]\)?|[A-H][.:)] .*|\([A-H]\) .*", text, re.DOTALL):
@@ -64,6 +68,8 @@ def infer_kind(gold: str, options: Sequence[str] | None = None) -> str:
         return "ratio"
     if _DATE.fullmatch(text):
         return "text"
+    if is_range(text):
+        return "range"
     return _kind_of_several(text) or ("expression" if looks_mathematical(text) else "text")
 
 

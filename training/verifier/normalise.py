@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+from .hedges import denies, doubts
+
 MAX_SENTENCE = 1000  # characters of a sentence in which a formula is looked for
 
 # Vulgar fractions and superscripts first: NFKC would turn 1½ into 11⁄2 and cm² into cm2.
@@ -11,13 +13,14 @@ _FRACTIONS = {
     "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
 _SYMBOLS = str.maketrans(
     {
         **dict.fromkeys("−–—‐‑", "-"),
         **dict.fromkeys("“”„", '"'),
         **dict.fromkeys("‘’", "'"),
         "⁄": "/", "÷": "/", "⋅": "·", "∙": "·", "º": "°", "％": "%", "，": ",", "：": ":", "（": "(", "）": ")",
-        "\u200b": "", "\ufeff": "", "\u2061": "", "\u2062": "",
+        "\0": "", "\u200b": "", "\ufeff": "", "\u2061": "", "\u2062": "",
     }
 )  # fmt: skip
 
@@ -46,6 +49,7 @@ _WRAPPERS = re.compile(
 )
 _DELIMITERS = re.compile(r"\\[()\[\]]")
 _SPACE = re.compile(r"\s+")
+_NEGATIVE = re.compile(r"\b(?:minus|negative) (?=[\d.\\$])", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -64,18 +68,33 @@ def clean(text: str) -> str:
         text = unwrapped
     text = _without_math_dollars(text)
     text = _SPACE.sub(" ", text).strip()
+    text = _NEGATIVE.sub("-", text)
     return _without_dressing(text)
 
 
 def fold(text: str) -> str:
-    """Words for comparison: lower case, without articles, punctuation and accents of width."""
-    words = re.sub(r"[^\w%°$€£+.\-/:]+", " ", text.casefold()).split()
-    words = [stripped for word in words if (stripped := word.strip(".-:/"))]
-    return " ".join(word for word in words if word not in {"a", "an", "the"}) or " ".join(words)
+    """Words for comparison: lower case, without articles, punctuation and accents of width.
+
+    Signs stay where they have a meaning: `-5`, `x<3`, `C#`, `B+`, `B-`.
+    """
+    text = re.sub(r"\s?([<>=])\s?", r"\1", text.casefold())
+    text = re.sub(r"(?<![\w)\]])-\s(?=\.?\d)", "-", text)
+    text = re.sub(r"-\s?(?=[\\({|√])", " minus ", text)  # what follows is about to lose its brackets
+    words = re.sub(r"[^\w%°$€£+.\-/:#<>=]+", " ", text).split()
+    words = [bare for word in words if (bare := _without_punctuation(word))]
+    # The last word is no article: "vitamin A".
+    return " ".join([word for word in words[:-1] if word not in {"a", "an", "the"}] + words[-1:])
 
 
+def _without_punctuation(word: str) -> str:
+    return _TRAILING.sub("", word[_LEADING.match(word).end() :])  # type: ignore[union-attr]
+
+
+# Punctuation around a word, but not a sign before a number and not the minus of a grade or an ion.
+_LEADING = re.compile(r"[-./:#]*?(?=-?\.?\d|-[a-z](?![a-z])|[^-./:#]|$)")
+_TRAILING = re.compile(r"[./:]+$|(?<=\w{4})-+$")
 _SPAN = re.compile(r"(?<!\\)(?P<fence>\$\$?)(?P<dollars>[^$]+)(?<!\\)(?P=fence)|\\\((?P<round>.{1,400}?)\\\)")
-_HEDGES = re.compile(r"\d|\$|\b(?:or|not|either|neither|nor|maybe|if|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+_HEDGES = re.compile(r"\d|\$|\b(?:or|either|if)\b", re.IGNORECASE)
 
 
 def only_math_span(text: str) -> str | None:
@@ -86,7 +105,8 @@ def only_math_span(text: str) -> str | None:
     found = _SPAN.search(text[:MAX_SENTENCE])
     if found is None or len(text) > MAX_SENTENCE:
         return None
-    if _HEDGES.search(text[: found.start()] + " " + text[found.end() :]):
+    around = text[: found.start()] + " " + text[found.end() :]
+    if _HEDGES.search(around) or denies(around) or doubts(around):
         return None
     return (found["dollars"] or found["round"]).strip() or None
 
@@ -95,6 +115,8 @@ def _plain_symbols(text: str) -> str:
     text = text.translate(_SYMBOLS)
     text = re.sub("[" + "".join(_FRACTIONS) + "]", lambda m: " " + _FRACTIONS[m.group()] + " ", text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
+    # After a digit a subscript is no digit: 4₂ is not 42. H₂O is H2O.
+    text = re.sub(rf"(?<=[\d)])[{_SUBSCRIPTS}]+", lambda m: "_{" + m.group() + "}", text)
     return unicodedata.normalize("NFKC", text).translate(_SYMBOLS)
 
 

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .equations import leading_name
+from .hedges import denies, doubts
 from .normalise import clean, fold
 from .units import BARE, CURRENCIES, Unit, read_unit
 from .verdict import Unreadable
@@ -39,9 +41,14 @@ _NUMBER = re.compile(
     )""",
     re.VERBOSE,
 )
-_NAME = re.compile(r"(?P<name>[A-Za-z]\w{0,2}|\\[a-z]{2,8}|[A-Za-z]_\{?\w{1,3}\}?)\s?(?:=|\\approx)\s?")
 _PERCENT = re.compile(r"%|per ?cent\b|percent(?:age)?(?: points?)?\b|pct\b", re.IGNORECASE)
+_ABOUT = re.compile(r"^\s*(?:(?:about|approximately|approx\.?|around|roughly|\\approx|~)\s?)?", re.IGNORECASE)
 _LABEL = re.compile(r"[A-Za-z][A-Za-z'-]{2,24}(?: [A-Za-z][A-Za-z'-]{1,24}){0,2}")
+# What can be counted: "4 wait" and "4 false" count nothing.
+_PLURAL = re.compile(
+    r"(?!this|yes|always|does|was|has)[a-z][a-z'-]+[^s\W]s|people|men|women|children|fish|sheep|deer|feet|teeth|mice|geese|dice",
+    re.IGNORECASE,
+)
 # Words after a number that change its meaning, or belong to another answer.
 _NOT_LABELS = frozenset(
     "or and to not no more less than over under out of plus minus times squared cubed square root divided by about per "
@@ -59,6 +66,7 @@ class Quantity:
     unit: Unit = BARE
     label: str = ""  # what is counted, folded: "4 red apples" -> "red apple"
     name: str = ""  # the variable of `x = 3`
+    counts: bool = True  # the label is a plural, or there is one of it: "4 apples", not "4 wait"
 
     @property
     def is_integer(self) -> bool:
@@ -80,13 +88,11 @@ def read_quantity(text: str, *, in_percent: bool = False) -> Quantity:
         raise Unreadable("there is no number" if not text else f"longer than {MAX_LENGTH} characters")
     if re.fullmatch(r"\([^()]*\)", text):
         text = text[1:-1].strip()
-    name, position = "", 0
-    if (named := _NAME.match(text)) is not None:
-        name, position = named["name"], named.end()
-    position += re.match(r"(?:\\approx|~)?\s?", text[position:]).end()  # type: ignore[union-attr]
-    found = _NUMBER.match(text, position)
+    name, text = leading_name(text)
+    text = _ABOUT.sub("", text)
+    found = _NUMBER.match(text)
     if found is None:
-        return _from_words(text[position:], name)
+        return _from_words(text, name)
     value, rest = _value(found), text[found.end() :].strip()
     unit = read_unit(found["currency"]) if found["currency"] else BARE
     rest, scale = _take_scale(rest)
@@ -98,13 +104,14 @@ def read_quantity(text: str, *, in_percent: bool = False) -> Quantity:
         is_percent = True
     if is_percent:
         value /= 100
-    label = ""
+    label, counts = "", True
     if rest:
         if found["currency"] is None:
             unit, label = _unit_or_label(rest, glued=text[found.end() : found.end() + 1] not in ("", " "))
+            counts = not label or abs(value) == 1 or any(_PLURAL.fullmatch(word) for word in rest.split())
         elif read_unit(rest) != unit:  # "$5 dollars" says it twice
             raise Unreadable(f"{rest!r} follows a sum of money")
-    return Quantity(value, is_percent, unit, label, name)
+    return Quantity(value, is_percent, unit, label, name, counts)
 
 
 def same_quantity(gold: Quantity, prediction: Quantity, tolerance: Fraction | None = None) -> tuple[bool, str]:
@@ -118,6 +125,10 @@ def same_quantity(gold: Quantity, prediction: Quantity, tolerance: Fraction | No
     """
     if gold.name and prediction.name and gold.name != prediction.name:
         return False, f"{prediction.name} is not {gold.name}"
+    if prediction.label != gold.label and not prediction.counts:
+        return False, f"{prediction.label!r} is nothing to count"
+    if (gold.is_percent and not prediction.unit.is_bare) or (prediction.is_percent and not gold.unit.is_bare):
+        return False, "measured in another unit"
     if gold.label and prediction.label and gold.label != prediction.label:
         return False, f"counts {prediction.label!r}, expected {gold.label!r}"
     value = prediction.value
@@ -182,7 +193,13 @@ def _unit_or_label(rest: str, *, glued: bool) -> tuple[Unit, str]:
         return read_unit(rest), ""
     except Unreadable:
         words = rest.split()
-        if glued or _LABEL.fullmatch(rest) is None or any(word.lower() in _NOT_LABELS for word in words):
+        if (
+            glued
+            or _LABEL.fullmatch(rest) is None
+            or denies(rest)
+            or doubts(rest)
+            or any(word.lower() in _NOT_LABELS for word in words)
+        ):
             raise Unreadable(f"{rest[:40]!r} follows the number") from None
         *first, last = fold(rest).split()
         return BARE, " ".join([*first, last[:-1] if last.endswith("s") and not last.endswith("ss") else last])

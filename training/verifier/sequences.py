@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .normalise import clean
 from .verdict import Unreadable
@@ -39,6 +39,7 @@ class Interval:
     high: str
     closed_low: bool
     closed_high: bool
+    variable: str = ""  # of `x > 3`; "" where none is told
 
 
 def read_group(text: str) -> Group:
@@ -105,7 +106,14 @@ def same_list(gold: Group, prediction: Group, same: SameElement) -> tuple[bool, 
 
 
 def same_set(gold: Group, prediction: Group, same: SameElement) -> tuple[bool, str]:
-    """Every element of each side is one of the other's; order and repetition do not count."""
+    """Every element of each side is one of the other's; order and repetition do not count.
+
+    `(1, 2)` is a point and `[1, 2]` an interval; a longer list in square brackets is how programs write sets.
+    """
+    if prediction.opening in ("(", "<") or prediction.closing == ")":
+        return False, "is a point or an interval"
+    if prediction.opening == "[" and len(prediction.elements) == 2:
+        return False, "is an interval"
     golds, predictions = _values(gold), _values(prediction)
     matched: set[int] = set()
     for found in predictions:
@@ -132,8 +140,10 @@ def read_intervals(text: str) -> tuple[Interval, ...]:
         Unreadable: it is none of these.
     """
     text = clean(text)
-    text = re.sub(r"^[A-Za-z]\w?\s?(?:\\in|:)\s?", "", text)
-    return tuple(_one_interval(part.strip()) for part in re.split(r"\s?\\cup\s?|\s+or\s+", text))
+    membership = re.match(r"([A-Za-z]\w?)\s?(?:\\in|:)\s?", text)
+    variable, text = (membership[1], text[membership.end() :]) if membership else ("", text)
+    intervals = (_one_interval(part.strip()) for part in re.split(r"\s?\\cup\s?|\s+or\s+", text))
+    return tuple(replace(one, variable=one.variable or variable) for one in intervals)
 
 
 def same_intervals(gold: tuple[Interval, ...], prediction: tuple[Interval, ...], same: SameElement) -> tuple[bool, str]:
@@ -150,6 +160,8 @@ def same_intervals(gold: tuple[Interval, ...], prediction: tuple[Interval, ...],
 
 
 def _same_interval(gold: Interval, prediction: Interval, same: SameElement) -> bool:
+    if gold.variable and prediction.variable and gold.variable != prediction.variable:
+        return False
     if (gold.closed_low, gold.closed_high) != (prediction.closed_low, prediction.closed_high):
         return False
     for wanted, found in ((gold.low, prediction.low), (gold.high, prediction.high)):
@@ -180,12 +192,12 @@ def _one_interval(text: str) -> Interval:
         if not _is_variable(terms[1]):
             raise Unreadable("is not an interval of one variable")
         low, high = _bound(terms[0]), _bound(terms[2])
-        return Interval(low, high, closed[0] and low != "-oo", closed[1] and high != "oo")
+        return Interval(low, high, closed[0] and low != "-oo", closed[1] and high != "oo", terms[1])
     if _is_variable(terms[0]) == _is_variable(terms[1]):
         raise Unreadable("is not an interval of one variable")
     if _is_variable(terms[0]):  # x < 3
-        return Interval("-oo", _bound(terms[1]), False, closed[0])
-    return Interval(_bound(terms[0]), "oo", closed[0], False)
+        return Interval("-oo", _bound(terms[1]), False, closed[0], terms[0])
+    return Interval(_bound(terms[0]), "oo", closed[0], False, terms[1])
 
 
 def _is_variable(text: str) -> bool:
