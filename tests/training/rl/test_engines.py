@@ -28,7 +28,7 @@ def test_the_engine_computes_where_the_trainer_does_not_where_the_model_is_at_fi
     engine = make_engine(args, dense(), processor(), rank=0, autocast=nullcontext)  # type: ignore[arg-type]
 
     assert next(engine.model.parameters()).device != args.device
-    assert engine.device == engine.generator.device == args.device
+    assert engine.device == args.device
 
 
 def test_training_with_a_server_is_on_policy_at_every_step(tmp_path: Path) -> None:
