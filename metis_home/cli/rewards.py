@@ -4,8 +4,9 @@ import json
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 CHECK_REWARDS_HELP = """Score every gold answer as if a model had written it, and wrong ones too, before any training.
 
-Exit status 1: a gold cannot be read, or does not score itself; or a wrong answer scores.
+Of several golds of a row each is scored. Exit status 1: a gold cannot be read, or does not score itself; the text of an
+option does not choose its own letter; or a wrong answer scores.
 
 Example: metis-home check-rewards rl.jsonl --samples 50
 """
@@ -36,7 +38,7 @@ def check_rewards(
         ),
     ],
     samples: Annotated[
-        int, typer.Option(min=0, help="Rows whose answers are also replaced by wrong, empty and doubtful ones.")
+        int, typer.Option(min=0, help="Golds that are also replaced by wrong, empty and doubtful answers.")
     ] = 20,
     image_root: Annotated[
         Path | None, typer.Option(help="Where relative image paths begin. Default: the folder of DATA.")
@@ -51,40 +53,46 @@ def check_rewards(
     records = load_records(data, image_root=image_root)
     if not records:
         raise DataError(f"{data}: no rows to check.")
-    unread, failed, methods = [], [], Counter[str]()
-    for record in records:
-        gold = record.answer or ""
+    golds = [replace(record, answer=gold) for record in records for gold in record.golds or [""]]
+    unread, failed, usable, methods = [], [], [], Counter[str]()
+    for record in golds:
         problem = record_problem(record)
         if problem is not None:
-            unread.append({"row": record.index, "id": record.id, "gold": gold[:80], "reason": problem})
+            unread.append({**_place(record), "reason": problem})
             continue
-        for form, text in _forms(gold).items():
+        for form, text in _forms(_gold(record)).items():
             verdict = verify_record(text, record)
             if form == "bare":
                 methods[verdict.method] += 1
             if verdict.correct is not True:
-                failed.append(
-                    {"row": record.index, "id": record.id, "gold": gold[:80], "form": form, "reason": verdict.reason}
-                )
+                failed.append({**_place(record), "form": form, "reason": verdict.reason})
                 break
-    bad_rows = {example["row"] for example in (*unread, *failed)}
-    usable = [record for record in records if record.index not in bad_rows]
+        else:
+            usable.append(record)
+    confused = [example for record in _one_per_row(usable) for example in _confused_options(record)]
     accepted, tried = _wrong_answers(usable, samples)
     report = {
         "rows": len(records),
-        "gold_scores_itself": len(records) - len(bad_rows),
+        "golds": len(golds),
+        "gold_scores_itself": len(usable),
         "methods": dict(sorted(methods.items())),
         "unreadable_golds": len(unread),
         "golds_that_fail": len(failed),
+        "options_that_fail": len(confused),
         "wrong_answers_tried": tried,
         "wrong_answers_accepted": len(accepted),
-        "examples": {"unreadable": unread[:SHOWN], "failing": failed[:SHOWN], "accepted": accepted[:SHOWN]},
+        "examples": {
+            "unreadable": unread[:SHOWN],
+            "failing": failed[:SHOWN],
+            "options": confused[:SHOWN],
+            "accepted": accepted[:SHOWN],
+        },
     }
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        _say(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
-    if unread or failed or accepted:
+    if unread or failed or confused or accepted:
         raise typer.Exit(1)
 
 
@@ -94,59 +102,135 @@ def _forms(gold: str) -> dict[str, str]:
         "bare": gold,
         "thinking": f"<think>Because.</think><answer>{gold}</answer>",
         "non-thinking": f"<think></think><answer>{gold}</answer>",
-        "boxed": f"<think>Because.</think><answer>The answer is $\\boxed{{{_inside_box(gold)}}}$</answer>",
+        "boxed": f"<think>Because.</think><answer>The answer is $\\boxed{{{_bare(gold).strip('$')}}}$</answer>",
     }
 
 
-def _inside_box(gold: str) -> str:
-    from metis_home.training.verifier import extract_answer
-
-    return (extract_answer(gold).text or gold).strip("$")
-
-
-def _wrong_answers(records: "list[Record]", samples: int) -> tuple[list[dict[str, object]], int]:
-    """Perturbed answers of a seeded sample of rows, and those that score all the same."""
+def _wrong_answers(golds: "list[Record]", samples: int) -> tuple[list[dict[str, object]], int]:
+    """Wrong answers to a seeded sample of golds: those that score all the same, and how many were tried."""
     from metis_home.training.judging import verify_record
-    from metis_home.training.verifier import extract_answer
 
-    chosen = random.Random(0).sample(records, min(samples, len(records)))
+    chosen = random.Random(0).sample(golds, min(samples, len(golds)))
     accepted: list[dict[str, object]] = []
     tried = 0
     for record in chosen:
-        gold = extract_answer(record.answer or "").text or ""
-        other = next((one.answer for one in records if one.answer and not _same(one, record)), None)
+        gold = _bare(_gold(record))
         wrong = {
             "empty": "<think>Because.</think><answer></answer>",
             "only reasoning": f"<think>{gold}",
             "hedged": f"<answer>\\boxed{{{gold} or 123457}}</answer>",
-            "another row's": None if other is None else f"<answer>{other}</answer>",
+            "denied": f"<answer>not {gold}</answer>",
+            **{what: f"<answer>{text}</answer>" for what, text in _other_answers(record, golds).items()},
         }
         for what, text in wrong.items():
-            if text is None:
-                continue
             tried += 1
             if verify_record(text, record).correct:
-                accepted.append(
-                    {"row": record.index, "id": record.id, "gold": gold[:80], "what": what, "answer": text[:120]}
-                )
+                accepted.append({**_place(record), "what": what, "answer": text[:120]})
     return accepted, tried
 
 
-def _same(one: "Record", record: "Record") -> bool:
-    """The golds of both rows are equal, so one row's is no wrong answer to the other."""
+def _other_answers(record: "Record", golds: "list[Record]") -> dict[str, str]:
+    """What is right elsewhere: in another row, for another option, with the other sign."""
+    others = {}
+    other = next((one for one in golds if one.index != record.index and not _same(one, record)), None)
+    if other is not None:
+        others["another row's"] = _gold(other)
+    negated = _negated(record)
+    if negated is not None:
+        others["negated"] = negated
+    options = _options(record)
+    right = _right_options(record, options)
+    return others | {f"option {number + 1}": text for number, text in enumerate(options) if number not in right}
+
+
+def _negated(record: "Record") -> str | None:
+    """The gold with the other sign; None where it has none, or where both signs are the same."""
     from metis_home.training.judging import verify_record
 
-    return any(verify_record(a.answer or "", b).correct for a, b in ((one, record), (record, one)))
+    gold = _bare(_gold(record)).strip("$ ")
+    method = verify_record(gold, record).method
+    if method not in ("number", "integer", "percent", "expression") or verify_record("0", record).correct:
+        return None
+    if method == "expression":
+        return f"-({gold})"
+    return gold.removeprefix("-") if gold.startswith("-") else f"-{gold}"
+
+
+def _confused_options(record: "Record") -> "list[dict[str, object]]":
+    """Options whose own text does not choose their letter: two alike, or one that reads as another's letter."""
+    from metis_home.training.judging import verify_record
+    from metis_home.training.verifier.kinds import LETTERS
+
+    if verify_record(_gold(record), record).method != "choice":
+        return []
+    found: list[dict[str, object]] = []
+    for letter, text in zip(LETTERS, _options(record), strict=False):
+        verdict = verify_record(f"<answer>{text}</answer>", replace(record, answer=letter))
+        if not verdict.correct:
+            found.append({**_place(record), "form": f"option {letter}", "gold": text[:80], "reason": verdict.reason})
+    return found
+
+
+def _right_options(record: "Record", options: tuple[str, ...]) -> set[int]:
+    """Places of the options that the gold names, by letter or by text."""
+    from metis_home.training.judging import verify_record
+    from metis_home.training.verifier.kinds import LETTERS
+
+    if verify_record(_gold(record), record).method == "choice":
+        return {place for place, letter in enumerate(LETTERS[: len(options)]) if verify_record(letter, record).correct}
+    return {place for place, text in enumerate(options) if text.strip() == _bare(_gold(record)).strip()}
+
+
+def _options(record: "Record") -> tuple[str, ...]:
+    from metis_home.training.judging import read_options
+
+    return read_options(record.columns.get("options")) or ()
+
+
+def _one_per_row(golds: "list[Record]") -> "list[Record]":
+    return list({record.index: record for record in golds}.values())
+
+
+def _same(one: "Record", record: "Record") -> bool:
+    """Both golds are equal, so one is no wrong answer to the other."""
+    from metis_home.training.judging import verify_record
+
+    return any(verify_record(_gold(a), b).correct for a, b in ((one, record), (record, one)))
+
+
+def _gold(record: "Record") -> str:
+    return record.gold_text or ""
+
+
+def _bare(gold: str) -> str:
+    """Without tags and box."""
+    from metis_home.training.verifier import extract_answer
+
+    return extract_answer(gold).text or gold
+
+
+def _place(record: "Record") -> dict[str, object]:
+    return {"row": record.index, "id": record.id, "gold": _gold(record)[:80]}
 
 
 def _print(report: dict[str, object]) -> None:
-    print(f"{report['gold_scores_itself']} of {report['rows']} golds score themselves")
+    _say(f"{report['gold_scores_itself']} of {report['golds']} golds score themselves")
     for method, count in report["methods"].items():  # type: ignore[attr-defined]
-        print(f"  {method:<12} {count}")
-    print(f"{report['wrong_answers_accepted']} of {report['wrong_answers_tried']} wrong answers score")
-    titles = {"unreadable": "cannot be read", "failing": "does not score itself", "accepted": "a wrong answer scores"}
+        _say(f"  {method:<12} {count}")
+    _say(f"{report['wrong_answers_accepted']} of {report['wrong_answers_tried']} wrong answers score")
+    titles = {
+        "unreadable": "cannot be read",
+        "failing": "does not score itself",
+        "options": "the text of an option does not choose its letter",
+        "accepted": "a wrong answer scores",
+    }
     for name, examples in report["examples"].items():  # type: ignore[attr-defined]
         for example in examples:
             detail = example.get("reason") or f"{example['what']}: {example['answer']}"
             form = f" ({example['form']})" if "form" in example else ""
-            print(f"row {example['row']}: {titles[name]}{form}: {example['gold']!r}: {detail}", file=sys.stderr)
+            _say(f"row {example['row']}: {titles[name]}{form}: {example['gold']!r}: {detail}", file=sys.stderr)
+
+
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Print; half a character (a lone surrogate), which no stream takes, is escaped, as JSON escapes it."""
+    print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=file)
