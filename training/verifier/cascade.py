@@ -113,6 +113,7 @@ def _verify(
         span = only_math_span(answer)
         candidates += [span] if span is not None and span != answer.strip().strip("$") else []
     method, first_problem = read.kind, None
+    differs: Verdict | None = None
     for candidate in candidates:
         try:
             correct, reason = read.compare(candidate)
@@ -124,8 +125,11 @@ def _verify(
             first_problem = first_problem or str(error)
             continue
         method = "expression" if reason.startswith("math-verify") else read.kind
-        return Verdict(correct, method, answer, reason)
-    return Verdict(False, method, answer, f"no {read.kind}: {first_problem}", "unparsed_prediction")
+        verdict = Verdict(correct, method, answer, reason)
+        if correct or read.kind != "expression":
+            return verdict
+        differs = differs or verdict  # a sentence, read as a formula: its `$...$` may still be the answer
+    return differs or Verdict(False, method, answer, f"no {read.kind}: {first_problem}", "unparsed_prediction")
 
 
 @lru_cache(maxsize=CACHE_SIZE)

@@ -75,6 +75,11 @@ def leading_name(text: str) -> tuple[str, str]:
     return "" if is_words else re.sub(r"[\s\\{}()|]|^m(?=\s?\\)", "", left), right
 
 
+def is_symbolic(text: str) -> bool:
+    """Has it letters of its own, so that it has no one value?"""
+    return _SYMBOLIC.search(text) is not None
+
+
 def is_relation(text: str) -> bool:
     """Does it say how two things compare, by `=`, `<` or a sign like these?"""
     return _SIGN.search(text) is not None or _OTHER_RELATION.search(text) is not None
@@ -100,7 +105,7 @@ def stated(text: str) -> Stated:
     if not named and len(sides) > 1 and is_name(sides[-1][0]):
         sides = sides[:-1]
     if named:
-        sides = [side for side in sides[:-1] if not _SYMBOLIC.search(side[0])] + sides[-1:]
+        sides = [side for side in sides[:-1] if not is_symbolic(side[0])] + sides[-1:]
     if not sides or not all(side for side, _ in sides):
         raise Unreadable("is an equation without a value")
     return Stated(tuple(s for s, is_near in sides if not is_near), tuple(s for s, is_near in sides if is_near))

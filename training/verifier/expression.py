@@ -19,7 +19,7 @@ NEAR = Fraction(1, 100)  # how far two sides of an "approximately equal" may be 
 CACHE_SIZE = 65_536
 
 _MARKS = re.compile(
-    rf"[\^_=+*/√π∞<>|]|\\[a-zA-Z]|\b(?:{FUNCTIONS})\b|\d!|\)!|(?<![\w])[a-zA-Z]\(|\d\s?-\s?[\d(a-z]|^-[a-z(]"
+    rf"[\^_=+*/√π∞<>|]|\\[a-zA-Z]|(?<![a-zA-Z])(?:{FUNCTIONS})(?![a-zA-Z])|\d!|\)!|(?<![\w])[a-zA-Z]\(|\d\s?-\s?[\d(a-z]|^-[a-z(]"
 )
 _SHORT_PRODUCT = re.compile(r"-?\d+(?:\.\d+)?\s?(?:[a-zA-Z]\b\s?){1,3}")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
@@ -28,6 +28,7 @@ _BARE_FUNCTION = re.compile(
     r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi)(?![a-zA-Z])"
 )
 _EXPONENT = re.compile(r"(?:\^|\*\*)\s?(?:\{\s?\(?\s?-?\s?(\d+)|\(\s?-?\s?(\d+)|-?\s?(\d+))")
+_DECIMAL_EXPONENT = re.compile(r"\^\s?\{\s?(-?\d{0,6}\.\d{1,6})\s?\}")
 _TOWER = re.compile(r"(?:\^|\*\*)\s?[({]*\s?-?\s?\d+\s?[)}]*\s?(?:\^|\*\*)")
 
 
@@ -138,6 +139,8 @@ def _as_latex(text: str) -> str:
     """Plain spellings that LaTeX does not know: `sqrt(2)`, `2**3`, `√2`, `2*x`, `pi`."""
     text = text.replace("**", "^").replace("·", "\\cdot ").replace("×", "\\times ").replace("π", "\\pi ")
     text = re.sub(r"√\s?\(([^()]*)\)|√\s?(\w+)", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
+    text = re.sub(r"√\s?(?=\{)", r"\\sqrt", text)
+    text = _DECIMAL_EXPONENT.sub(lambda m: rf"^{{{Fraction(m[1])}}}", text)  # sympy's floats are never exact
     text = _BARE_ROOT.sub(r"\\sqrt{\1}", text)
     text = _BARE_FUNCTION.sub(r"\\\1 ", text)
     return text.replace("$", "").replace("\\boxed", "").strip()

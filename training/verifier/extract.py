@@ -12,8 +12,12 @@ from metis_home.responses import END_TOKENS
 from .hedges import clauses, denies
 
 _BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
+_LED_IN = re.compile(r"(?:so|thus|therefore|hence),\s+", re.IGNORECASE)
+_PUT_FIRST = re.compile(r"(.{1,200}?)\s+is (?:the|my|our) (?:final |correct |right )?answer\W*", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"(?:\bfinal\s+answer|\banswer|\bsolution|\bresult)\b\W{0,4}(?:(?:is|are|:|=)\s*){1,2}", re.IGNORECASE
+    r"(?:\bfinal\s+answer|\banswer|\bsolution|\bresult)\b\W{0,4}(?:(?:is|are|:|=)\s*){1,2}"
+    r"|答案\s?(?:是|为|：|:)|故?选(?:项|择)?\s?(?:是|：|:)?(?=\s?[A-Z])",
+    re.IGNORECASE,
 )
 
 
@@ -98,11 +102,22 @@ def _last_block(text: str) -> str | None:
 
 
 def _after_phrase(text: str) -> str:
-    """What follows the last "the answer is" on its line; the text itself where nothing does, or the phrase is denied."""
+    """What follows the last "the answer is" on its line; the text itself where nothing does, or the phrase is denied.
+
+    `Thus, x = 4` is `x = 4`, and `4 is the answer` is `4`.
+    """
     found = list(_PHRASE.finditer(text))
-    if not found or denies(clauses(text[: found[-1].end()])[-1]):
+    if not found:
+        text = text.strip()
+        text = text[led_in.end() :] if (led_in := _LED_IN.match(text)) else text
+        return put_first[1] if (put_first := _PUT_FIRST.fullmatch(text)) else text
+    before = text[: found[-1].end()]
+    if denies(clauses(before)[-1]):
         return text
     rest = text[found[-1].end() :].strip()
+    for mark in ("**", "__"):
+        if before.count(mark) % 2:  # "**Answer:** 4"
+            rest = rest.removeprefix(mark).strip()
     return rest.split("\n", 1)[0] if rest else text
 
 

@@ -9,7 +9,7 @@ import re
 _DENIAL = re.compile(
     r"\b(?:not|never|neither|nor|cannot|except|exclud\w+|(?:anything|everything|all|nothing) but|other than|rather than"
     r"|instead of|wrong|incorrect|false|mistake[ns]?|eliminat\w+|reject\w*|rul(?:e|es|ed|ing) out|impossible|unlikely)\b"
-    r"|n't\b|\\not(?![a-z])|\\neq?(?![a-z])|≠",
+    r"|n't\b|[不没错]|\\not(?![a-z])|\\neq?(?![a-z])|≠",
     re.IGNORECASE,
 )
 _DOUBT = re.compile(

@@ -27,6 +27,8 @@ _OTHER_NAMES = {
     "percentage": "percent", "coordinates": "point", "tuple": "point", "math": "expression", "latex": "expression",
 }  # fmt: skip
 _BOOLEAN = re.compile(r"yes|no|true|false", re.IGNORECASE)
+# Grades, blood groups, languages; a sign of comparison; a statement of geometry. Formulas to the eye only.
+_SIGNS = re.compile(r"[A-Za-z]{1,3}[+#-]{1,2}|[<>=]|\\[lg]e|.+\\(?:parallel|perp|cong|sim)(?![a-z]).+")
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
 
 
@@ -58,6 +60,8 @@ def infer_kind(gold: str, options: Sequence[str] | None = None) -> str:
         return "choice"
     if re.fullmatch(r"[A-H](?:\s?,\s?[A-H])+", text):
         return "choices"
+    if options is None and re.fullmatch(r"A?B?C?D?E?F?G?H?", text) and len(text) > 1:
+        return "choices"
     if _BOOLEAN.fullmatch(text):
         return "boolean"
     if _reads(lambda: read_quantity(text)):
@@ -67,6 +71,8 @@ def infer_kind(gold: str, options: Sequence[str] | None = None) -> str:
     if re.fullmatch(r"\d+(?:\.\d+)?(?:\s?:\s?\d+(?:\.\d+)?){1,5}", text):
         return "ratio"
     if _DATE.fullmatch(text):
+        return "text"
+    if _SIGNS.fullmatch(text):
         return "text"
     if is_range(text):
         return "range"

@@ -4,6 +4,8 @@ import re
 import unicodedata
 
 from .hedges import denies, doubts
+from .units import read_unit
+from .verdict import Unreadable
 
 MAX_SENTENCE = 1000  # characters of a sentence in which a formula is looked for
 
@@ -20,6 +22,7 @@ _SYMBOLS = str.maketrans(
         **dict.fromkeys("“”„", '"'),
         **dict.fromkeys("‘’", "'"),
         "⁄": "/", "÷": "/", "⋅": "·", "∙": "·", "º": "°", "％": "%", "，": ",", "：": ":", "（": "(", "）": ")",
+        "。": ".", "、": ",", "；": ";", "！": "!", "？": "?",
         "\0": "", "\u200b": "", "\ufeff": "", "\u2061": "", "\u2062": "",
     }
 )  # fmt: skip
@@ -32,6 +35,12 @@ _LATEX: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\\!"), ""),
     (re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~"), " "),
     (re.compile(r"\^\s?\{?\s?\\(?:circ|degree)(?![a-zA-Z])\s?\}?|\\(?:degree|textdegree)(?![a-zA-Z])"), "°"),
+    (re.compile(r"(?<=\d)\s?\^\s?(?:\{\s?o\s?\}|o(?![a-zA-Z]))"), "°"),
+    (re.compile(r"\\(?:bf|it|rm|sf|tt|em)(?![a-zA-Z])\s?"), ""),
+    (re.compile(r"∠"), r"\\angle "),
+    (re.compile(r"△"), r"\\triangle "),
+    (re.compile(r"∥"), r"\\parallel "),
+    (re.compile(r"⊥"), r"\\perp "),
     (re.compile(r"\\([%#&_])"), r"\1"),
     (re.compile(r"\\(?:leq|leqslant|le)(?![a-zA-Z])|≤|⩽"), r"\\le "),
     (re.compile(r"\\(?:geq|geqslant|ge)(?![a-zA-Z])|≥|⩾"), r"\\ge "),
@@ -108,7 +117,22 @@ def only_math_span(text: str) -> str | None:
     around = text[: found.start()] + " " + text[found.end() :]
     if _HEDGES.search(around) or denies(around) or doubts(around):
         return None
-    return (found["dollars"] or found["round"]).strip() or None
+    span = (found["dollars"] or found["round"]).strip()
+    return f"{span} {_unit_at_the_start(text[found.end() :])}".strip() if span else None
+
+
+def _unit_at_the_start(text: str) -> str:
+    r"""`$2\sqrt{3}$ cm long` is so many cm: the unit belongs to the formula."""
+    words = text.strip(" .,;").split()
+    for count in (len(words), 2, 1):
+        try:
+            unit = " ".join(words[:count])
+            if unit and count <= len(words):
+                read_unit(unit)
+                return rf"\text{{ {unit}}}"
+        except Unreadable:
+            continue
+    return ""
 
 
 def _plain_symbols(text: str) -> str:

@@ -3,11 +3,13 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from .equations import leading_name
 from .hedges import denies, doubts
 from .normalise import clean, fold
-from .units import BARE, CURRENCIES, Unit, read_unit
+from .spoken import NUMBER_WORDS, SCALES, spoken_number
+from .units import BARE, CURRENCIES, Unit, conversion, read_unit
 from .verdict import Unreadable
 
 MAX_LENGTH = 160  # characters of a number with its unit
@@ -15,17 +17,9 @@ MAX_POWER_OF_TEN = 400
 # Two readings of one number agree up to this, relative to the smaller side if that is below 1 (math-verify: 6 decimals).
 CLOSENESS = Fraction(1, 10**6)
 
-_SMALL_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
-_WORDS = {word: Fraction(value) for value, word in enumerate(_SMALL_WORDS)}
-_WORDS |= {
-    word: Fraction(10 * value) for value, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)
-}
-_WORDS |= {"half": Fraction(1, 2)}
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-
+# `1.5M`, `$20K`; a K behind a bare number may be a kelvin.
+_SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9}
+_THOUSAND_OR_KELVIN = Unit(Fraction(1000), (), (read_unit("K"),))
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:[ ]\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(
     rf"""(?P<sign>[-+]?)\s?(?:(?P<currency>[{CURRENCIES}])\s?(?P<sign2>[-+]?))?
@@ -42,7 +36,15 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _PERCENT = re.compile(r"%|per ?cent\b|percent(?:age)?(?: points?)?\b|pct\b", re.IGNORECASE)
-_ABOUT = re.compile(r"^\s*(?:(?:about|approximately|approx\.?|around|roughly|\\approx|~)\s?)?", re.IGNORECASE)
+_ABOUT = re.compile(
+    r"^\s*(?:(?:(?:in\s+)?the\s+year|in(?=\s\d{4}\b)|about|approximately|approx\.?|around|roughly|\\approx|~)\s?)?",
+    re.IGNORECASE,
+)
+_CODE = re.compile(r"^(?:(US\$|USD|EUR|GBP|INR|Rs\b\.?|RMB|CNY)\s?)(?=[\d.])", re.IGNORECASE)
+_SIGN_OF = {"US$": "$", "USD": "$", "EUR": "€", "GBP": "£", "INR": "₹", "RS": "₹", "RMB": "¥", "CNY": "¥"}
+_REPEATING = re.compile(r"(\d{0,12})\.(\d{0,12})\\overline\s?\{\s?(\d{1,12})\s?\}")
+_SAID_TWICE = re.compile(r"(\S.{0,80})\s\(([^()]*[A-Za-z][^()]*)\)")
+_COMPOUND = re.compile(r"\d+(?:\.\d+)?\s?[A-Za-z]+(?:\s?(?:,|\band\b)?\s?\d+(?:\.\d+)?\s?[A-Za-z]+){1,3}")
 _LABEL = re.compile(r"[A-Za-z][A-Za-z'-]{2,24}(?: [A-Za-z][A-Za-z'-]{1,24}){0,2}")
 # What can be counted: "4 wait" and "4 false" count nothing.
 _PLURAL = re.compile(
@@ -54,7 +56,7 @@ _NOT_LABELS = frozenset(
     "or and to not no more less than over under out of plus minus times squared cubed square root divided by about per "
     "but nor maybe if at least most greater fewer larger smaller sin cos tan log exp sqrt pi infinity mod vs versus is are "
     "wrong correct incorrect right factorial th half halves thirds quarter quarters tenth tenths hundredths".split()
-) | frozenset(_WORDS) | frozenset(_SCALES)  # fmt: skip
+) | NUMBER_WORDS  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +90,25 @@ def read_quantity(text: str, *, in_percent: bool = False) -> Quantity:
         raise Unreadable("there is no number" if not text else f"longer than {MAX_LENGTH} characters")
     if re.fullmatch(r"\([^()]*\)", text):
         text = text[1:-1].strip()
+    if (twice := _SAID_TWICE.fullmatch(text)) is not None:
+        return _said_twice(twice[1], twice[2], in_percent=in_percent)
     name, text = leading_name(text)
     text = _ABOUT.sub("", text)
+    text = _CODE.sub(lambda code: _SIGN_OF[code[1].upper().rstrip(".")], text)
+    text = _REPEATING.sub(_as_fraction, text)
+    if _COMPOUND.fullmatch(text) is not None:
+        return _compound(text, name)
     found = _NUMBER.match(text)
     if found is None:
         return _from_words(text, name)
     value, rest = _value(found), text[found.end() :].strip()
     unit = read_unit(found["currency"]) if found["currency"] else BARE
-    rest, scale = _take_scale(rest)
-    value *= scale
+    glued = text[found.end() : found.end() + 1] not in ("", " ")
+    rest, scale = _take_scale(rest, with_suffix=glued or bool(found["currency"]))
+    if scale == 1000 and unit.is_bare and glued and text[found.end()] == "K":
+        unit = _THOUSAND_OR_KELVIN
+    else:
+        value *= scale
     is_percent = False
     if (percent := _PERCENT.match(rest)) is not None:
         is_percent, rest = True, rest[percent.end() :].strip()
@@ -107,8 +119,8 @@ def read_quantity(text: str, *, in_percent: bool = False) -> Quantity:
     label, counts = "", True
     if rest:
         if found["currency"] is None:
-            unit, label = _unit_or_label(rest, glued=text[found.end() : found.end() + 1] not in ("", " "))
-            counts = not label or abs(value) == 1 or any(_PLURAL.fullmatch(word) for word in rest.split())
+            unit, label = _unit_or_label(rest, glued=glued and scale == 1)
+            counts = _counts(value, label, rest)
         elif read_unit(rest) != unit:  # "$5 dollars" says it twice
             raise Unreadable(f"{rest!r} follows a sum of money")
     return Quantity(value, is_percent, unit, label, name, counts)
@@ -133,10 +145,13 @@ def same_quantity(gold: Quantity, prediction: Quantity, tolerance: Fraction | No
         return False, f"counts {prediction.label!r}, expected {gold.label!r}"
     value = prediction.value
     if not gold.unit.is_bare and not prediction.unit.is_bare:
-        if gold.unit.dimensions != prediction.unit.dimensions:
+        factor = conversion(gold.unit, prediction.unit)
+        if factor is None:
             return False, "measured in another unit"
-        value = value * prediction.unit.factor / gold.unit.factor
-    elif (gold.label and not prediction.unit.is_bare) or (prediction.label and not gold.unit.is_bare):
+        value *= factor
+    elif not gold.unit.dimensions and not prediction.unit.dimensions:
+        value *= prediction.unit.factor / gold.unit.factor  # `20K`
+    if (gold.label and not prediction.unit.is_bare) or (prediction.label and not gold.unit.is_bare):
         return False, "measured in another unit"
     if close(gold.value, value, tolerance):
         return True, "the numbers are equal"
@@ -181,10 +196,12 @@ def _decimal(text: str) -> Fraction:
     return Fraction(text + "0" if text.endswith(".") else text)
 
 
-def _take_scale(rest: str) -> tuple[str, int]:
+def _take_scale(rest: str, *, with_suffix: bool) -> tuple[str, int]:
     word = re.match(r"[A-Za-z]+", rest)
-    scale = _SCALES.get(word.group().lower()) if word else None
-    return (rest, 1) if word is None or scale is None else (rest[word.end() :].strip(), scale)
+    if word is None:
+        return rest, 1
+    scale = SCALES.get(word.group().lower()) or (_SUFFIXES.get(word.group()) if with_suffix else None)
+    return (rest, 1) if scale is None else (rest[word.end() :].strip(), scale)
 
 
 def _unit_or_label(rest: str, *, glued: bool) -> tuple[Unit, str]:
@@ -206,13 +223,52 @@ def _unit_or_label(rest: str, *, glued: bool) -> tuple[Unit, str]:
 
 
 def _from_words(text: str, name: str) -> Quantity:
-    """`three`, `twenty-one`, `two hundred`, `three apples`."""
+    """`three`, `twenty-one`, `fifty percent`, `three apples`."""
     words = text.replace("-", " ").lower().split()
-    if not words or words[0] not in _WORDS or "-" in text[:1]:
+    value, said = spoken_number(words)
+    if value is None or "-" in text[:1]:
         raise Unreadable("it is not a number")
-    value, position = _WORDS[words[0]], 1
-    if value >= 20 and value.denominator == 1 and len(words) > 1 and 1 <= _WORDS.get(words[1], 0) <= 9:
-        value, position = value + _WORDS[words[1]], 2
-    rest, scale = _take_scale(" ".join(words[position:]))
-    label = _unit_or_label(rest, glued=False) if rest else (BARE, "")
-    return Quantity(value * scale, unit=label[0], label=label[1], name=name)
+    rest = " ".join(words[said:])
+    if (percent := _PERCENT.fullmatch(rest)) is not None:
+        return Quantity(value / 100, is_percent=percent is not None, name=name)
+    unit, label = _unit_or_label(rest, glued=False) if rest else (BARE, "")
+    return Quantity(value, unit=unit, label=label, name=name, counts=_counts(value, label, rest))
+
+
+def _counts(value: Fraction, label: str, words: str) -> bool:
+    return not label or abs(value) == 1 or any(_PLURAL.fullmatch(word) for word in words.split())
+
+
+def _said_twice(text: str, again: str, *, in_percent: bool) -> Quantity:
+    """`4 (four)`, `12 (people)`, `12 (cm)`: in brackets the same number, or what it counts."""
+    first = read_quantity(text, in_percent=in_percent)
+    try:
+        second = read_quantity(again, in_percent=in_percent)
+    except Unreadable:
+        return read_quantity(f"{text} {again}", in_percent=in_percent)
+    if not same_quantity(first, second)[0]:
+        raise Unreadable("says two numbers")
+    return first
+
+
+def _compound(text: str, name: str) -> Quantity:
+    """`1 hour 30 minutes`, `5 ft 6 in`: from large to small, in the first unit."""
+    parts = [
+        (Fraction(number), read_unit(unit)) for number, unit in re.findall(r"(\d+(?:\.\d+)?)\s?([A-Za-z]+)", text)
+        if unit.lower() != "and"
+    ]  # fmt: skip
+    units = [unit for _, unit in parts]
+    falling = all(one.factor > other.factor for one, other in pairwise(units))
+    if not falling or len({unit.dimensions for unit in units}) > 1:
+        raise Unreadable("is several quantities")
+    return Quantity(
+        sum((number * unit.factor for number, unit in parts), Fraction(0)) / units[0].factor, unit=units[0], name=name
+    )
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    """`0.1\\overline{3}` -> `\\frac{12}{90}`."""
+    whole, fixed, period = found.groups()
+    shift, nines = 10 ** len(fixed), 10 ** len(period) - 1
+    head = int((whole + fixed) or 0)
+    return rf"\frac{{{head * nines + int(period)}}}{{{nines * shift}}}"

@@ -37,38 +37,68 @@ _NAMES: dict[str, tuple[Fraction, str]] = {
     **dict.fromkeys(("yr", "year"), (F(12), "months")),
     **dict.fromkeys(("l", "L", "liter", "litre"), (F(1, 1000), "volume")),
     **dict.fromkeys(("ml", "mL", "milliliter", "millilitre"), (F(1, 10**6), "volume")),
-    **dict.fromkeys(("°", "degree", "deg"), (F(1), "angle")),
+    **dict.fromkeys(("gal", "gallon"), (F(3785411784, 10**12), "volume")),
+    **dict.fromkeys(("°", "degree", "deg", "度"), (F(1), "angle")),
     **dict.fromkeys(("rad", "radian"), (F(1), "radians")),
     **dict.fromkeys(("°C", "celsius"), (F(1), "celsius")),
     **dict.fromkeys(("°F", "fahrenheit"), (F(1), "fahrenheit")),
     **dict.fromkeys(("K", "kelvin"), (F(1), "kelvin")),
     **dict.fromkeys(("N", "newton"), (F(1), "force")),
     **dict.fromkeys(("J", "joule"), (F(1), "energy")),
-    **dict.fromkeys(("kJ", "kilojoule"), (F(1000), "energy")),
+    **dict.fromkeys(("eV", "electronvolt"), (F(1602176634, 10**28), "energy")),
+    **dict.fromkeys(("cal", "calorie"), (F(4184, 1000), "energy")),
     **dict.fromkeys(("W", "watt"), (F(1), "power")),
-    **dict.fromkeys(("kW", "kilowatt"), (F(1000), "power")),
     **dict.fromkeys(("V", "volt"), (F(1), "voltage")),
     **dict.fromkeys(("A", "amp", "ampere"), (F(1), "current")),
-    **dict.fromkeys(("mA", "milliampere"), (F(1, 1000), "current")),
+    **dict.fromkeys(("C", "coulomb"), (F(1), "charge")),
+    **dict.fromkeys(("F", "farad"), (F(1), "capacitance")),
+    **dict.fromkeys(("T", "tesla"), (F(1), "flux density")),
     **dict.fromkeys(("Ω", "ohm"), (F(1), "resistance")),
     **dict.fromkeys(("Hz", "hertz"), (F(1), "frequency")),
     **dict.fromkeys(("Pa", "pascal"), (F(1), "pressure")),
-    **dict.fromkeys(("kPa",), (F(1000), "pressure")),
     **dict.fromkeys(("mol", "mole"), (F(1), "amount")),
+    **dict.fromkeys(("B", "byte"), (F(1), "data")),
     **dict.fromkeys(("$", "dollar", "usd"), (F(1), "dollar")),
     **dict.fromkeys(("cent", "cents", "¢"), (F(1, 100), "dollar")),
     **dict.fromkeys(("€", "euro", "eur"), (F(1), "euro")),
     **dict.fromkeys(("£", "gbp"), (F(1), "sterling")),
-    **dict.fromkeys(("¥", "yen", "yuan", "rmb"), (F(1), "yen")),
-    **dict.fromkeys(("unit", "units"), (F(1), "")),
+    **dict.fromkeys(("¥", "yen", "yuan", "rmb", "元"), (F(1), "yen")),
+    **dict.fromkeys(("₹", "rupee", "rs", "inr"), (F(1), "rupee")),
+    **dict.fromkeys(("米",), (F(1), "length")),
+    **dict.fromkeys(("分米",), (F(1, 10), "length")),
+    **dict.fromkeys(("厘米",), (F(1, 100), "length")),
+    **dict.fromkeys(("毫米",), (F(1, 1000), "length")),
+    **dict.fromkeys(("千米", "公里"), (F(1000), "length")),
+    **dict.fromkeys(("克",), (F(1), "mass")),
+    **dict.fromkeys(("千克", "公斤"), (F(1000), "mass")),
+    **dict.fromkeys(("秒",), (F(1), "time")),
+    **dict.fromkeys(("分钟",), (F(60), "time")),
+    **dict.fromkeys(("小时",), (F(3600), "time")),
+    **dict.fromkeys(("升",), (F(1, 1000), "volume")),
+    **dict.fromkeys(("毫升",), (F(1, 10**6), "volume")),
+    **dict.fromkeys(("unit", "units", "个"), (F(1), "")),
 }
 # A volume is a length to the third power: litres and cubic metres compare.
 _DERIVED = {"volume": ("length", 3)}
-CURRENCIES = "$€£¥"
+CURRENCIES = "$€£¥₹"
+# Symbols that take a metric prefix; no p before m, for "3 pm" is a time.
+_PREFIXABLE = frozenset("m g s L J eV cal W V A C F T Ω Hz Pa N mol B".split())
+_PREFIXES = {"k": F(10**3), "M": F(10**6), "G": F(10**9), "m": F(1, 10**3), "μ": F(1, 10**6), "n": F(1, 10**9)}
+_RARE_PREFIXES = {"pF": F(1, 10**12), "pA": F(1, 10**12), "ps": F(1, 10**12), "TB": F(10**12), "TW": F(10**12)}
+_ALIASES = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "Nm": "N·m", "\\Omega": "Ω", "\\cdot": "·"}
+_ALIAS = re.compile("|".join(rf"(?<![A-Za-z]){re.escape(alias)}(?![A-Za-z])" for alias in _ALIASES))
+_DEGREES = re.compile(r"(?:°|\bdeg(?:rees?)?\b)\s?(c|f)(?:elsius|ahrenheit)?\b", re.IGNORECASE)
+# What a name can mean besides: £12 is 12 pounds, and 25 degrees may be 25 °C.
+_ALSO = {
+    "pound": ("£",), "°": ("°C", "°F"), "degree": ("°C", "°F"), "度": ("°C", "°F"), "C": ("°C",), "F": ("°F",),
+}  # fmt: skip
 _TOKEN = re.compile(
-    r"\s*(?:(?P<name>°[CF]?|[$€£¥¢]|[A-Za-zμΩ]+)(?:\s?\^?\s?\{?(?P<power>-?[1-4])\}?)?|(?P<sign>[/·*]))"
+    r"\s*(?:(?P<name>°[CF]?|[$€£¥¢₹]|[A-Za-zμΩ]+|[\u4e00-\u9fff]+)(?:\s?\^?\s?\{?(?P<power>-?[1-4])\}?)?|(?P<sign>[/·*]))"
 )
-_WORDY_POWERS = ((re.compile(r"\b(?:square|sq\.?)\s+"), 2), (re.compile(r"\b(?:cubic|cu\.?)\s+"), 3))
+_WORDY_POWERS = (
+    (re.compile(r"\b(?:square|sq\.?)\s+|平方"), 2),
+    (re.compile(r"\b(?:cubic|cu\.?)\s+|立方"), 3),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +107,7 @@ class Unit:
 
     factor: Fraction
     dimensions: tuple[tuple[str, int], ...]  # sorted; empty: a bare number
+    also: "tuple[Unit, ...]" = ()  # other meanings of the same word
 
     @property
     def is_bare(self) -> bool:
@@ -87,13 +118,23 @@ class Unit:
 BARE = Unit(Fraction(1), ())
 
 
+def conversion(gold: Unit, prediction: Unit) -> Fraction | None:
+    """How many of the gold's unit one of the prediction's is; None where they measure different things."""
+    for wanted in (gold, *gold.also):
+        for found in (prediction, *prediction.also):
+            if wanted.dimensions == found.dimensions:
+                return found.factor / wanted.factor
+    return None
+
+
 def read_unit(text: str) -> Unit:
     """Read a unit of measure, already cleaned.
 
     Raises:
         Unreadable: a part of it is no unit that this table knows.
     """
-    text, power_of_next = text.strip(), 1
+    text, power_of_next = _ALIAS.sub(lambda match: _ALIASES[match.group()], text.strip()), 1
+    text = _DEGREES.sub(lambda match: "°" + match[1].upper(), text)
     for pattern, power in _WORDY_POWERS:
         text, found = pattern.subn("", text)
         power_of_next = power if found else power_of_next
@@ -115,12 +156,22 @@ def read_unit(text: str) -> Unit:
         name, multiple = _DERIVED.get(dimension, (dimension, 1))
         if name:
             dimensions[name] += power * multiple
-    return Unit(factor, tuple(sorted((name, power) for name, power in dimensions.items() if power)))
+    also = tuple(read_unit(other) for other in _ALSO.get(_singular(text), ()))
+    return Unit(factor, tuple(sorted((name, power) for name, power in dimensions.items() if power)), also)
 
 
 def _look_up(name: str) -> tuple[Fraction, str]:
-    singular = name[:-1] if len(name) > 3 and name.endswith("s") else name
-    for spelling in (name, singular, *((name.lower(), singular.lower()) if len(name) > 1 else ())):
+    if name in _NAMES:
+        return _NAMES[name]
+    if name in _RARE_PREFIXES or (name[1:] in _PREFIXABLE and name[0] in _PREFIXES):
+        factor, dimension = _NAMES[name[1:]]
+        return factor * (_RARE_PREFIXES.get(name) or _PREFIXES[name[0]]), dimension
+    singular = _singular(name)
+    for spelling in (singular, *((name.lower(), singular.lower()) if len(name) > 1 else ())):
         if spelling in _NAMES:
             return _NAMES[spelling]
     raise Unreadable(f"{name!r} is no unit")
+
+
+def _singular(name: str) -> str:
+    return name[:-1] if len(name) > 2 and name.endswith("s") else name
