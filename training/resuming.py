@@ -31,6 +31,18 @@ class HubLayoutResume:
         else:
             super()._load_best_model()  # type: ignore[misc]
 
+    def get_batch_samples(self, *args, **kwargs):
+        """As in Trainer; nothing where all steps are done."""
+        return ([], None) if self._has_nothing_to_do() else super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+
+    def _has_nothing_to_do(self) -> bool:
+        """Are all steps done? Then training ends. Trainer looks at `max_steps` only after a step, so a run that is
+        resumed from its last checkpoint would make one more."""
+        is_done = self.state.global_step >= self.state.max_steps  # type: ignore[attr-defined]
+        if is_done:
+            self.control.should_training_stop = True  # type: ignore[attr-defined]
+        return is_done
+
     def _loads_by_itself(self, directory: str) -> bool:
         # FSDP and DeepSpeed keep files of their own, adapters are loaded by peft.
         is_wrapped = self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(self.model, "peft_config")  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """Carry out a recipe: load, train, save. What `metis-home train` does, as a function."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from metis_home.errors import MetisHomeError, RecipeError
 from .checkpoints import newest_checkpoint
 from .loading import load_model, load_processor
 from .recipe import LoraSection, Recipe
+from .same_run import SETTINGS_FILE, recipe_settings, refuse_other_settings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .data.records import Record
 
 
-SETTINGS_FILE = "recipe.json"
 ROUTED = "model"  # the checkpoint with the new router, inside the output directory
 
 
@@ -45,7 +44,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False)
         resume: go on from the newest checkpoint of the output directory.
         overwrite: use an output directory that already holds something.
     Raises:
-        RecipeError: the output directory is in use, or there is no checkpoint to resume from.
+        RecipeError: the output directory is in use, there is no checkpoint to resume from, or the run that is resumed
+            had settings that make another one of it.
         DataError: rows cannot be used. CheckpointError, ConfigError: the model cannot be loaded.
         TrainingError: a loss was no number, and other reasons to stop.
     """
@@ -56,6 +56,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False)
             f"{output_dir} already holds files. Use another training.output_dir, --resume to go on from its newest "
             "checkpoint, or --overwrite."
         )
+    if checkpoint is not None:
+        refuse_other_settings(recipe, output_dir / SETTINGS_FILE)
     runners: dict[str, Callable[[Recipe, str | None], TrainingSummary]] = {
         "sft": _run_sft,
         "router": _run_router,
@@ -68,13 +70,14 @@ def _run_sft(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
     from .sft import MetisSFTTrainer
 
     config = _config(recipe)
+    model = _model(recipe)
     trainer = MetisSFTTrainer(
-        _model(recipe),
+        model,
         config,
         train_dataset=_records(recipe, recipe.data.train),
         eval_dataset=_records(recipe, recipe.data.eval) or None,
         processing_class=_processor(recipe),
-        peft_config=None if recipe.lora is None else _lora_config(recipe.lora),
+        peft_config=None if recipe.lora is None else _lora_config(recipe.lora, model, True),
     )
     _write_settings(trainer, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -126,14 +129,15 @@ def _run_rl(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
     from .rl import MetisRLTrainer
 
     config = _config(recipe)
+    model = _model(recipe)
     trainer = MetisRLTrainer(
-        _model(recipe),
+        model,
         config,
         list(recipe.rewards),
         _records(recipe, recipe.data.train),
         _processor(recipe),
         eval_dataset=_records(recipe, recipe.data.eval) or None,
-        peft_config=None if recipe.lora is None else _lora_config(recipe.lora),
+        peft_config=None if recipe.lora is None else _lora_config(recipe.lora, model, config.thinking == "sample"),
     )
     _write_settings(trainer, recipe)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -141,10 +145,20 @@ def _run_rl(recipe: Recipe, checkpoint: str | None) -> TrainingSummary:
     return _summary(trainer)
 
 
-def _lora_config(lora: LoraSection) -> "LoraConfig":
-    from .sft import branch_lora_config
+def _lora_config(lora: LoraSection, model: "PreTrainedModel", train_router: bool) -> "LoraConfig":
+    """Adapters on the branches of a two-branch model, on the text layers of a dense one.
 
-    return branch_lora_config(lora.branch, r=lora.r, alpha=lora.alpha, dropout=lora.dropout)
+    Raises:
+        RecipeError: one branch of a dense model.
+    """
+    from .sft import branch_lora_config, dense_lora_config
+
+    if model.config.model_type == "metis_home":
+        options: Any = {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "train_router": train_router}
+        return branch_lora_config(lora.branch, **options)
+    if lora.branch != "both":
+        raise RecipeError(f"lora.branch is {lora.branch!r}, and the dense {model.config.model_type} has no branches")
+    return dense_lora_config(r=lora.r, alpha=lora.alpha, dropout=lora.dropout)
 
 
 def _save(trainer: "Trainer", *, adapter: bool) -> None:
@@ -204,8 +218,8 @@ def _write_settings(trainer: "Trainer", recipe: Recipe) -> None:
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        used = dataclasses.asdict(recipe)
-        (output_dir / SETTINGS_FILE).write_text(json.dumps(used, indent=2, default=str) + "\n", encoding="utf-8")
+        used = json.dumps(recipe_settings(recipe), indent=2)
+        (output_dir / SETTINGS_FILE).write_text(used + "\n", encoding="utf-8")
 
 
 def _summary(trainer: "Trainer") -> TrainingSummary:

@@ -27,6 +27,7 @@ class PurposeChoice(StrEnum):
     SFT = "sft"
     RL = "rl"
     EVALUATE = "evaluate"
+    PROMPTS = "prompts"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -47,7 +48,8 @@ def check_data(
         str | None, typer.Option(metavar="MODEL", help="Count tokens with this model's processor.")
     ] = None,
     purpose: Annotated[
-        PurposeChoice, typer.Option(help="sft: responses and tags; rl, evaluate: answers that can be verified.")
+        PurposeChoice,
+        typer.Option(help="sft: responses and tags; rl, evaluate: answers that can be verified; prompts: neither."),
     ] = PurposeChoice.SFT,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a row, image tokens included; needs --model.")

@@ -37,6 +37,9 @@ def train(
     device_memory: Annotated[float, typer.Option(min=1, help="For --estimate: memory of a GPU, in GiB.")] = 80.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Use an output directory that holds files.")] = False,
+    unsafe_local: Annotated[
+        bool, typer.Option("--unsafe-local", help="Tools: where no sandbox can be made, run programs with your rights.")
+    ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe as it was understood and stop.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="Print the names of the shipped recipes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -51,6 +54,8 @@ def train(
         raise typer.BadParameter("name a recipe: a YAML file, or one of `metis-home train --list`.")
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with what is there, --overwrite starts over it: choose one.")
+    if unsafe_local:
+        settings = [*(settings or []), "training.unsafe_local=true"]
     if estimate:
         # How much memory it takes depends neither on the rows nor on where the output goes.
         stand_ins = {"data.train": "none", "training.output_dir": "none", "model.path": "''"}

@@ -86,6 +86,14 @@ def test_the_recipe_is_shown_as_it_was_understood(capsys) -> None:
     assert json.loads(out)["training"]["learning_rate"] == 3e-6
 
 
+def test_unsafe_local_is_said_on_the_command_line(capsys) -> None:
+    settings = ["model.path=m", "data.train=rows.jsonl", "training.output_dir=out"]
+
+    for given in ([], ["--unsafe-local"]):
+        _, out, _ = run(capsys, "train", "hdpo_rl.yaml", "--show", *given, *settings)
+        assert json.loads(out)["training"].get("unsafe_local", False) is bool(given)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

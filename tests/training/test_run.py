@@ -10,7 +10,8 @@ from metis_home import MetisHomeForConditionalGeneration, MetisHomeProcessor
 from metis_home.errors import RecipeError
 from metis_home.training.data.records import write_rows
 from metis_home.training.recipe import Recipe, load_recipe
-from metis_home.training.run import SETTINGS_FILE, run_recipe
+from metis_home.training.run import run_recipe
+from metis_home.training.same_run import SETTINGS_FILE
 from tests.processing.tiny import write_model
 
 SMALL = [
@@ -136,6 +137,70 @@ def test_a_run_goes_on_from_its_newest_checkpoint(home: Path, rows: Path, tmp_pa
         MetisHomeForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "cut")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_finished_run_that_is_resumed_stays_as_it_is(home: Path, rows: Path, tmp_path: Path, stage: str) -> None:
+    settings = ["training.save_steps=1", "training.lr_scheduler_type=constant", "training.learning_rate=0.01"]
+    if stage == "sft":
+        # 3 steps an epoch: what ends with an epoch ends by itself
+        batches = ["training.packing=false", "training.max_tokens_per_batch=null"]
+        name, settings = "home_sft.yaml", [*settings, *batches, "training.gradient_accumulation_steps=1"]
+    else:
+        rewards = ["rewards=[format_reward]", "training.reward_weights=null", "training.thinking=true"]
+        sizes = ["training.prompts_per_step=1", "training.num_generations=2", "training.max_completion_tokens=4"]
+        name, settings = "rise_rl.yaml", [*settings, *rewards, *sizes, "training.overlong_buffer_tokens=0"]
+    run_recipe(recipe(name, home, rows, tmp_path / "out", *settings))
+    before = contents(tmp_path / "out")
+
+    summary = run_recipe(recipe(name, home, rows, tmp_path / "out", *settings), resume=True)
+
+    assert summary.steps == 2
+    after = contents(tmp_path / "out")
+    assert after["model.safetensors"] == before["model.safetensors"]
+    assert {file for file in after if "checkpoint" in file} == {file for file in before if "checkpoint" in file}
+
+
+def test_a_resumed_run_keeps_its_settings(home: Path, rows: Path, tmp_path: Path) -> None:
+    settings = ["training.gradient_accumulation_steps=1", "training.save_steps=1"]
+    run_recipe(recipe("home_sft.yaml", home, rows, tmp_path / "out", *settings, "training.max_steps=1"))
+    begun = (tmp_path / "out" / SETTINGS_FILE).read_text()
+
+    changes = ["training.learning_rate=0.5", "data.train=[other.jsonl]", "model.min_pixels=1568", "lora.r=4"]
+    for change in changes:
+        with pytest.raises(RecipeError, match=f"(?s){change.partition('=')[0].split('.')[0]}.* was .* and is "):
+            run_recipe(recipe("home_sft.yaml", home, rows, tmp_path / "out", *settings, change), resume=True)
+    assert (tmp_path / "out" / SETTINGS_FILE).read_text() == begun
+
+    further = [
+        "training.max_steps=2",
+        "training.logging_steps=3",
+        "training.save_total_limit=1",
+        "training.plots=false",
+    ]
+    assert (
+        run_recipe(recipe("home_sft.yaml", home, rows, tmp_path / "out", *settings, *further), resume=True).steps == 2
+    )
+
+
+def test_adapters_on_a_dense_model_train_its_text_layers(rows: Path, tmp_path: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from tests.training.rl.pico_rl import dense, processor
+
+    dense().save_pretrained(tmp_path / "dense")
+    processor().save_pretrained(tmp_path / "dense")
+    sizes = ["training.prompts_per_step=1", "training.num_generations=2", "training.max_completion_tokens=4"]
+    settings = ["rewards=[format_reward]", "training.reward_weights=null", "training.overlong_buffer_tokens=0", *sizes]
+    given = ["lora.r=2", "training.learning_rate=0.1", "training.dynamic_sampling=false", "training.nll_coef=0.1"]
+    rewarded = [*settings, *given]
+
+    run_recipe(recipe("rise_rl.yaml", tmp_path / "dense", rows, tmp_path / "out", *rewarded))
+
+    assert (tmp_path / "out/adapter/adapter_config.json").is_file()
+    Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    with pytest.raises(RecipeError, match="has no branches"):
+        run_recipe(recipe("rise_rl.yaml", tmp_path / "dense", rows, tmp_path / "b", *rewarded, "lora.branch=thinking"))
 
 
 def test_settings_that_transformers_refuses_are_an_error_of_the_recipe(home: Path, rows: Path, tmp_path: Path) -> None:

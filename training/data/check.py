@@ -21,7 +21,7 @@ from .rows import Row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Purpose = Literal["sft", "rl", "evaluate"]
+Purpose = Literal["sft", "rl", "evaluate", "prompts"]
 # Tokens that would end a message, or stand for an image that is not there.
 _RESERVED = (
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
@@ -107,13 +107,13 @@ def check_records(
 
     Always: images that are missing or cannot be read, control tokens in texts, ids that occur twice. For `sft`: a missing
     response, an empty answer, tags that are not those of the row's mode. For `rl` and `evaluate`: a missing answer, and
-    one (of several: any) that no prediction could be compared with. With an encoder: rows that exceed its `max_length`.
+    one (of several: any) that no prediction could be compared with; for `prompts`: neither. With an encoder: rows that exceed its `max_length`.
 
     Args:
         encoder: counts tokens; without it no row is too long.
         decode_images: decode every image once, which finds files that end early; else only their headers are read.
     Raises:
-        DataError: `purpose` is none of the three.
+        DataError: `purpose` is none of the four.
     """
     if purpose not in get_args(Purpose):
         raise DataError(f"purpose must be {', '.join(get_args(Purpose))}; found {purpose!r}.")
@@ -122,7 +122,8 @@ def check_records(
     problems, counts, first_row_of = [], {}, dict[str, int]()
     for record in records:
         found = [*_image_problems(record, broken), *_text_problems(record)]
-        found += _response_problems(record) if purpose == "sft" else _gold_problems(record)
+        if purpose != "prompts":
+            found += _response_problems(record) if purpose == "sft" else _gold_problems(record)
         if record.id in first_row_of:
             found.append(RowError("duplicate id", f"row {first_row_of[record.id]} has the id {record.id!r} too"))
         first_row_of.setdefault(record.id, record.index)

@@ -210,6 +210,13 @@ class MetisRLConfig(TrainingArguments):
     )
 
     # ---- running
+    check_data: bool = field(
+        default=True,
+        metadata={
+            "help": "Look at all rows before training: images that cannot be read, ids that occur twice, control tokens, and "
+            "with accuracy_reward golds that no answer could be compared with. Every bad row is reported by number."
+        },
+    )
     micro_batch_tokens: int = field(
         default=32768,
         metadata={"help": "Most tokens of one forward, padding and image tokens included (ours)."},

@@ -56,6 +56,7 @@ def filling_metrics(
     for name in reward_names:
         values = [value for group in filling.groups for value in group.scores.components[name]]
         sums.moments(f"rewards/{name}", [value for value in values if value is not None])
+        sums.add(f"rewards/{name}_unscored", sum(value is None for value in values))
     for group in filling.groups:
         sums.add("groups/drawn", 1)
         sums.add("groups/zero_std", not group.is_informative)
@@ -119,6 +120,8 @@ def _named(sums: Mapping[str, float], reward_names: Sequence[str], has_branches:
     for name in reward_names:
         named[f"rewards/{name}/mean"] = _mean(sums, f"rewards/{name}")
         named[f"rewards/{name}/std"] = _std(sums, f"rewards/{name}")
+        if sums[f"rewards/{name}_unscored"]:
+            named[f"rewards/{name}/unscored_fraction"] = sums[f"rewards/{name}_unscored"] / count
     named |= {
         "groups/zero_std_fraction": sums["groups/zero_std"] / groups,
         "groups/drawn": sums["groups/drawn"],

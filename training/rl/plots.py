@@ -18,10 +18,13 @@ PLOTS: dict[str, tuple[str, list[str]]] = {
     "accuracy": ("accuracy: rollouts, held-out prompts", ["accuracy", "eval_*accuracy", "eval_*pass@*"]),
     "reward_std": ("reward (standard deviation)", ["reward_std", "rewards/*/std"]),
     "pass_rate": ("share of prompts with none, some, all rollouts right", ["pass_rate/*"]),
-    "groups": ("prompts without signal; rounds of drawing", ["groups/zero_std_fraction", "groups/rounds"]),
+    "groups": ("share of drawn prompts without signal", ["groups/zero_std_fraction"]),
+    "rounds": ("rounds of drawing", ["groups/rounds"]),
     "entropy": ("entropy, nats per token", ["entropy", "router/entropy"]),
     "clipping": ("share of clipped tokens", ["clip/low", "clip/high"]),
-    "divergence": ("KL, ratio and sampler gap", ["kl/old", "kl/ref", "ratio/max", "sampler/gap", "sampler/gap_max"]),
+    "divergence": ("KL to the sampling and to the initial policy, nats per token", ["kl/old", "kl/ref"]),
+    "ratio": ("largest ratio of a token", ["ratio/max"]),
+    "sampler_gap": ("log-probabilities of sampler and trainer, nats apart", ["sampler/gap", "sampler/gap_max"]),
     "length": ("tokens per answer", ["length/mean", "length/correct", "length/wrong", "length/max"]),
     "tokens_per_correct": ("tokens per right answer", ["tokens_per_correct", "eval_*tokens_per_correct"]),
     "branches_accuracy": ("accuracy by branch", ["accuracy/*"]),
@@ -32,7 +35,8 @@ PLOTS: dict[str, tuple[str, list[str]]] = {
     "speed": ("sampled tokens per second", ["rollout_tokens_per_second"]),
     "seconds": ("seconds per stage", ["seconds/*"]),
     "thinking": ("share of thinking answers, in all and by source", ["thinking_ratio", "thinking_ratio/*"]),
-    "tools": ("tool turns per answer; share of calls that failed", ["tool_calls", "tools/failures"]),
+    "tool_calls": ("tool calls of a filling", ["tools/calls"]),
+    "tool_failures": ("share of tool calls that failed", ["tools/failures"]),
 }
 
 
@@ -63,7 +67,7 @@ def draw_plots(history: Sequence[Mapping[str, float]], output_dir: str | os.Path
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside lower center", ncols=3)  # never over the curves
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=110)
         written.append(path)

@@ -3,15 +3,40 @@
 import logging
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from metis_home.errors import DataError
 
+from ..data.check import Purpose, check_records
 from ..data.encode import Encoder
 from ..data.records import Record
 from ..rollouts.types import Prompt, make_prompt
 
+if TYPE_CHECKING:
+    from metis_home.processing import MetisHomeProcessor
+
 logger = logging.getLogger(__name__)
 _KEPT = 256  # encoded prompts in memory; ours
+
+
+def check_prompts(
+    records: Sequence[Record],
+    rewards: Sequence[object],
+    processor: "MetisHomeProcessor",
+    system_prompt: str | None,
+) -> None:
+    """Look at all rows before anything is trained.
+
+    Args:
+        rewards: names or functions. Golds are asked for where answers are verified; other functions may need none.
+    Raises:
+        DataError: lists every bad row with its number, id and reason.
+    """
+    names = [reward if isinstance(reward, str) else getattr(reward, "__name__", "") for reward in rewards]
+    # Without a limit: prompts that are too long are left out, and reported, by `PromptSource`.
+    encoder = Encoder(processor, system_prompt=system_prompt, max_length=None)
+    purpose: Purpose = "rl" if "accuracy_reward" in names else "prompts"
+    check_records(records, purpose=purpose, encoder=encoder).raise_if_bad()
 
 
 class PromptSource:

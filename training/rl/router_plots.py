@@ -56,7 +56,7 @@ def draw_router(history: Sequence[Mapping[str, float]], folder: Path) -> list[Pa
         ylim=(-0.02, 1.02),
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     calibration = folder / "router_calibration.png"
     figure.savefig(calibration, dpi=110)
     return [confidence, calibration]

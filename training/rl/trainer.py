@@ -39,7 +39,7 @@ from .metrics import Stopwatch, UpdateMetrics, filling_columns, filling_metrics
 from .parts import base_of, choose_parts, reference_of, wanted_branch
 from .planning import plan_steps
 from .plots import draw_plots, require_matplotlib
-from .prompts import PromptSource
+from .prompts import PromptSource, check_prompts
 from .rl_buffer import BufferFiller
 from .samples import Buffer
 from .scoring import RewardFunction, Scorer
@@ -99,6 +99,9 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         self.base = base_of(model)
         self.trains_router = choose_parts(model, args)
         records, held_out = _records(train_dataset), _held_out(eval_dataset)
+        if args.check_data:
+            for rows in (records, *(held_out.values() if isinstance(held_out, Mapping) else [held_out or []])):
+                check_prompts(rows, reward_funcs, processing_class, args.system_prompt)
         if args.eval_strategy != "no" and held_out is None:
             raise RecipeError(f"eval_strategy is {str(args.eval_strategy)!r} and there is no eval_dataset to answer")
         # An epoch shows every prompt once, each in as many steps as there are passes.

@@ -1,7 +1,7 @@
 """Stage-SFT: both branches and the router learn from labelled answers."""
 
 from .config import MetisSFTConfig
-from .lora import branch_lora_config, merge_branch_lora
+from .lora import branch_lora_config, dense_lora_config, merge_branch_lora
 from .router_only import RouterTraining, train_router
 from .trainer import MetisSFTTrainer
 
@@ -10,6 +10,7 @@ __all__ = [
     "MetisSFTTrainer",
     "RouterTraining",
     "branch_lora_config",
+    "dense_lora_config",
     "merge_branch_lora",
     "train_router",
 ]

@@ -38,6 +38,20 @@ def branch_lora_config(
     )
 
 
+def dense_lora_config(*, r: int = 16, alpha: int = 32, dropout: float = 0.0) -> "LoraConfig":
+    """A peft configuration that adapts attention and FFN of a dense model's text layers; arguments as above.
+
+    Raises:
+        TrainingError: peft is not installed.
+    """
+    return _peft().LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=r".*\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    )
+
+
 def add_adapter(model: nn.Module, peft_config: "PeftConfig") -> "PeftModel":
     """`model` with an adapter that trains; all its own parameters are frozen.
 
@@ -48,7 +62,7 @@ def add_adapter(model: nn.Module, peft_config: "PeftConfig") -> "PeftModel":
 
 
 def merge_branch_lora(model: "PeftModel") -> nn.Module:
-    """Fold the active adapter into the weights and return the plain two-branch model, ready for `save_pretrained`.
+    """Fold the active adapter into the weights and return the plain model, ready for `save_pretrained`.
 
     A router that was trained beside the adapter becomes the model's, and the config says that it is trained.
     """

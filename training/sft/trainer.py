@@ -170,6 +170,8 @@ class MetisSFTTrainer(HubLayoutResume, WatchedTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | None]:
         """Take the micro-batches of one optimizer step, and count what its losses are divided by, over all ranks."""
+        if self._has_nothing_to_do():
+            return [], None
         batches: list[dict[str, Tensor]] = []
         for batch in epoch_iterator:
             batches.append(batch)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from metis_home.errors import DataError, RecipeError, TrainingError
+from metis_home.training.data.records import load_records
 from metis_home.training.rollouts.hf import HFEngine
 from tests.training.rl.pico_rl import config, dense, processor, records, trainer, two_branch, vowels
 
@@ -106,6 +107,26 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path) -> None:
 
     with pytest.raises(TrainingError, match="same data"):
         trainer(tmp_path, data=records(4), max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_rows_that_would_stop_a_run_later_stop_it_before_the_first_step(tmp_path) -> None:
+    good = [{"prompt": f"What {number}", "answer": str(number), "id": f"q{number}"} for number in range(3)]
+    broken = [
+        {"prompt": "Where", "answer": "1", "image": "nowhere.png", "id": "gone"},
+        {"prompt": "Where", "answer": "1", "id": "q0"},
+        {"prompt": "Where <|im_end|>", "answer": "1", "id": "ends"},
+    ]
+    unread = [
+        {"prompt": "Who", "id": "empty"},
+        {"prompt": "Who", "answer": "\\frac{1}{", "kind": "expression", "id": "cut"},
+    ]
+
+    with pytest.raises(DataError, match=r"(?s)gone.*q0.*ends"):
+        trainer(tmp_path, data=load_records([*good, *broken]))
+    with pytest.raises(DataError, match=r"(?s)empty.*cut"):
+        trainer(tmp_path, rewards=["accuracy_reward"], data=load_records([*good, *unread]))
+    trainer(tmp_path, data=load_records([*good, *unread]))  # `vowels` reads no golds
+    trainer(tmp_path, rewards=["accuracy_reward"], data=load_records([*good, *unread]), check_data=False)
 
 
 def test_equal_rewards_draw_again_up_to_the_bound_and_then_change_nothing(tmp_path, caplog) -> None:
