@@ -1,14 +1,19 @@
 """What a checkpoint needs beside weights, optimizer and Trainer state: prompts, buffer, sampler, one file per rank."""
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from metis_home.errors import TrainingError
 
 from .. import collectives
+from ..data.conversation import texts
+from ..data.records import Record
 from ..rollouts.engine import RolloutEngine
 from .prompts import PromptSource
 from .samples import Buffer
@@ -37,7 +42,7 @@ def save_state(
     state = {
         "version": _VERSION,
         "world_size": collectives.world_size(),
-        "records": len(source.records),
+        "records": records_digest(source.records),
         "source": source.state_dict(),
         "buffer": buffer.state_dict(),
         "engine": engine.state_dict(),
@@ -64,10 +69,18 @@ def load_state(checkpoint: str | os.PathLike[str], source: PromptSource) -> dict
         )
     state = torch.load(path, weights_only=True)
     found = (state["version"], state["world_size"], state["records"])
-    expected = (_VERSION, collectives.world_size(), len(source.records))
+    expected = (_VERSION, collectives.world_size(), records_digest(source.records))
     if found != expected:
         raise TrainingError(
-            f"{path} cannot be resumed here: (format, ranks, prompts) is {found}, and this run has {expected}. Resume "
-            "with the same data on as many ranks."
+            f"{path} cannot be resumed here: (format, ranks, digest of the prompts) is {found}, and this run has "
+            f"{expected}. Resume with the same data on as many ranks."
         )
     return state
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """Tells whether two lists of prompts are the same, in the same order: ids, texts and golds; images by their place."""
+    digest = xxhash.xxh128()
+    for record in records:
+        digest.update(json.dumps([record.id, record.golds, record.kind, *texts(record.messages)]).encode())
+    return digest.hexdigest()

@@ -105,8 +105,10 @@ def test_a_checkpoint_without_the_rl_state_is_refused(tmp_path) -> None:
 def test_a_checkpoint_of_other_data_is_refused(tmp_path) -> None:
     trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
 
-    with pytest.raises(TrainingError, match="same data"):
-        trainer(tmp_path, data=records(4), max_steps=2).train(resume_from_checkpoint=True)
+    edited = [{"prompt": "Who", "answer": str(number), "id": f"q{number}"} for number in range(6)]
+    for other in (records(4), load_records(edited), records()[::-1]):
+        with pytest.raises(TrainingError, match="same data"):
+            trainer(tmp_path, data=other, max_steps=2).train(resume_from_checkpoint=True)
 
 
 def test_rows_that_would_stop_a_run_later_stop_it_before_the_first_step(tmp_path) -> None:
