@@ -107,7 +107,8 @@ def check_records(
 
     Always: images that are missing or cannot be read, control tokens in texts, ids that occur twice. For `sft`: a missing
     response, an empty answer, tags that are not those of the row's mode. For `rl` and `evaluate`: a missing answer, and
-    one (of several: any) that no prediction could be compared with; for `prompts`: neither. With an encoder: rows that exceed its `max_length`.
+    one (of several: any) that no prediction could be compared with; for `prompts`: neither. With an encoder: rows that
+    exceed its `max_length`.
 
     Args:
         encoder: counts tokens; without it no row is too long.
