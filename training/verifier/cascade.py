@@ -13,7 +13,7 @@ from .expression import GoldUnreadable
 from .extract import extract_answer
 from .kinds import canonical_kind, infer_kind
 from .matchers import READERS, Compare, Settings
-from .normalise import only_math_span
+from .normalise import clean, only_math_span
 from .verdict import TimedOut, Unreadable, Verdict
 
 MAX_GOLD = 2000  # characters
@@ -108,6 +108,8 @@ def _verify(
     read, problem = _read_gold(gold, kind, options, tolerance)
     if read is None:
         return Verdict(None, kind or "none", answer, f"gold: {problem}", "unparsed_gold")
+    if clean(answer).endswith("?") and not any("?" in text for text in (gold, *(options or ()))):
+        return Verdict(False, read.kind, answer, "asks instead of answering", "unparsed_prediction")
     candidates = [answer]
     if read.kind != "expression" or "$" in answer:
         span = only_math_span(answer)

@@ -176,7 +176,7 @@ def _refuse_other_letters(letter: str, rest: str, gold: Choice) -> None:
     others = {other for other in others if other in gold.letters and other != letter}
     if others:
         raise Unreadable(f"names the options {', '.join(sorted({letter, *others}))}")
-    if _VERB.match(rest) and (denies(rest) or doubts(rest)):
+    if (_VERB.match(rest) or not words) and (denies(rest) or doubts(rest)):
         raise Unreadable(f"takes the letter {letter} back")
 
 

@@ -23,6 +23,7 @@ _OBJECT = rf"(?:{_GEOMETRIC}|{_SYMBOL})"
 # `f(2)`, `P(A)`, `\sin A`; but `x(x + 1)` is a product.
 _APPLIED = (
     r"[A-WZa-w]'*\s?\([^()=]{1,20}\)"
+    r"|\\frac\s?\{\s?[A-Z]{2}\s?\}\s?\{\s?[A-Z]{2}\s?\}"
     rf"|\\?(?:sin|cos|tan|cot|sec|csc)\s?(?:\^\s?\{{?\s?-?\d\s?\}}?)?\s?\(?\s?{_OBJECT}\s?\)?"
 )
 _NAME = re.compile(rf"{_APPLIED}|{_OBJECT}")
@@ -33,6 +34,7 @@ _WORDS = re.compile(
 )
 _SIGN = re.compile(r"(?<![<>=!])=(?!=)|\\approx(?![a-z])")
 _OTHER_RELATION = re.compile(r"[<>]|\\(?:le|ge|neq?|not|equiv|sim|cong|parallel|perp|in|to)(?![a-z])")
+_IMPLIES = re.compile(r"\\(?:Rightarrow|Longrightarrow|implies)(?![a-zA-Z])|⇒|=>")
 _LEFT_SIDE = re.compile(r"\s?(?P<sign>=|\\approx(?![a-z])|:)\s?")
 _LONGEST_NAME = 60  # characters
 _SYMBOLIC = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z])")
@@ -89,11 +91,12 @@ def stated(text: str) -> Stated:
     r"""The sides of an equation that must be the answer.
 
     Names are left out at both ends. After a name a formula may stand, `A = \pi r^2 = 4\pi`: sides with letters of their
-    own, other than the last, are left out too.
+    own, other than the last, are left out too. Of `3x = 9 \Rightarrow x = 3` the conclusion counts.
 
     Raises:
         Unreadable: it has no side with a value, or another relation than equality.
     """
+    text = _IMPLIES.split(text)[-1].strip()
     if _OTHER_RELATION.search(text) is not None:
         raise Unreadable("is an inequality or another relation")
     parts = [part.strip() for part in _SIGN.split(text)]

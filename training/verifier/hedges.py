@@ -7,8 +7,9 @@ could guess what is meant.
 import re
 
 _DENIAL = re.compile(
-    r"\b(?:not|never|neither|nor|cannot|except|exclud\w+|(?:anything|everything|all|nothing) but|other than|rather than"
-    r"|instead of|wrong|incorrect|false|mistake[ns]?|eliminat\w+|reject\w*|rul(?:e|es|ed|ing) out|impossible|unlikely)\b"
+    r"\b(?:not|never|either|neither|nor|cannot|without|no(?=\s\W?[a-z]\b)|except|exclud\w+"
+    r"|(?:anything|everything|all|nothing) but|other than|rather than|instead of|wrong|incorrect|false|mistaken?"
+    r"|eliminat\w+|reject\w*|rul(?:e|es|ed|ing) out|impossible|unlikely)\b"
     r"|n't\b|[不没错]|\\not(?![a-z])|\\neq?(?![a-z])|≠",
     re.IGNORECASE,
 )

@@ -27,8 +27,8 @@ _OTHER_NAMES = {
     "percentage": "percent", "coordinates": "point", "tuple": "point", "math": "expression", "latex": "expression",
 }  # fmt: skip
 _BOOLEAN = re.compile(r"yes|no|true|false", re.IGNORECASE)
-# Grades, blood groups, languages; a sign of comparison; a statement of geometry. Formulas to the eye only.
-_SIGNS = re.compile(r"[A-Za-z]{1,3}[+#-]{1,2}|[<>=]|\\[lg]e|.+\\(?:parallel|perp|cong|sim)(?![a-z]).+")
+# Grades, blood groups, languages, ages above 65; a sign of comparison; a statement of geometry. Formulas to the eye only.
+_SIGNS = re.compile(r"[A-Za-z]{1,3}[+#-]{1,2}|\d+\+|[<>=]|\\[lg]e|.+\\(?:parallel|perp|cong|sim)(?![a-z]).+")
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
 
 

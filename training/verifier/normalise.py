@@ -103,7 +103,7 @@ def _without_punctuation(word: str) -> str:
 _LEADING = re.compile(r"[-./:#]*?(?=-?\.?\d|-[a-z](?![a-z])|[^-./:#]|$)")
 _TRAILING = re.compile(r"[./:]+$|(?<=\w{4})-+$")
 _SPAN = re.compile(r"(?<!\\)(?P<fence>\$\$?)(?P<dollars>[^$]+)(?<!\\)(?P=fence)|\\\((?P<round>.{1,400}?)\\\)")
-_HEDGES = re.compile(r"\d|\$|\b(?:or|either|if)\b", re.IGNORECASE)
+_HEDGES = re.compile(r"\d|\$|\b(?:or|if)\b", re.IGNORECASE)
 
 
 def only_math_span(text: str) -> str | None:

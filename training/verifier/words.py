@@ -132,7 +132,7 @@ def refuse_hedges(text: str, option: str) -> None:
     around = fold(clean(text)).replace(name, " ") if name else clean(text)
     if re.search(r"\bor\b", around):
         raise Unreadable("names an option or something else")
-    if denies(around) or doubts(around) or "?" in text:
+    if denies(around) or doubts(around):
         raise Unreadable("takes the option back")
 
 
