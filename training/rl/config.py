@@ -213,8 +213,8 @@ class MetisRLConfig(TrainingArguments):
     check_data: bool = field(
         default=True,
         metadata={
-            "help": "Look at all rows before training: images that cannot be read, ids that occur twice, control tokens, and "
-            "with accuracy_reward golds that no answer could be compared with. Every bad row is reported by number."
+            "help": "Look at all rows before training: images that cannot be read, ids that occur twice, control tokens; "
+            "with accuracy_reward also golds that no answer could be compared with. Every bad row is reported by number."
         },
     )
     micro_batch_tokens: int = field(

@@ -257,7 +257,7 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         if isinstance(chosen, Mapping):
             found = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in chosen.items()]
             return {name: value for metrics in found for name, value in metrics.items()}
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.model_wrapped is self.model:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self.state.max_steps <= 0:
             raise TrainingError("sharded weights are set up by train(): evaluate() before it is not possible")
         if not self.engine.shares_weights:
             self.engine.update_weights(self.base)

@@ -5,7 +5,8 @@ prompts have images and are answered by the thinking branch, rank 1's have none 
 `scripted_branch` does so where nothing before the first layer's FFN trains.
 `scripted_updates`: two optimizer steps share the rollouts, whose lengths make rank 1 fill its second step up with
 rollouts of its first. `scripted_exhausted`: only one prompt teaches anything, so one rank has nothing.
-`sampled` generates with the model itself, with lengths, refills and rounds that differ among ranks.
+`sampled` generates with the model itself, with lengths, refills and rounds that differ among ranks, and answers three
+held-out prompts after each step.
 """
 
 import random
@@ -127,6 +128,7 @@ def train(what: str, engine: str, model_dir: str, out: Path, world: int) -> dict
             "dynamic_sampling": what in ("sampled", "scripted_exhausted"),
             "max_sampling_rounds": 1 if is_scripted else 3,
             "self_check": not is_scripted,
+            **({} if is_scripted else {"eval_strategy": "steps", "eval_steps": 1, "eval_num_generations": 2}),
             # Adam would divide gradients that are nothing but rounding by themselves.
             "optim": "sgd" if is_scripted else "adamw_torch",
             "learning_rate": 0.1 if is_scripted else 1e-3,
@@ -147,7 +149,10 @@ def train(what: str, engine: str, model_dir: str, out: Path, world: int) -> dict
     model = MetisHomeForConditionalGeneration.from_pretrained(model_dir)
     reward = parity if is_scripted else many_letters
     rows = records()
-    trainer = MetisRLTrainer(model, args, [reward], rows, processor(), engine=_scripted(what, rows))
+    held_out = None if is_scripted else rows[:3]
+    trainer = MetisRLTrainer(
+        model, args, [reward], rows, processor(), engine=_scripted(what, rows), eval_dataset=held_out
+    )
     gradients: dict[str, torch.Tensor] = {}
     keep_gradients(trainer, engine if world > 1 else "none", gradients)
     trainer.train()
@@ -155,6 +160,7 @@ def train(what: str, engine: str, model_dir: str, out: Path, world: int) -> dict
     return {
         "losses": [entry["loss"] for entry in logs],
         "logs": logs,
+        "held_out": [entry for entry in trainer.state.log_history if "eval_reward" in entry],
         "gradients": gradients,
         "weights": full_weights(trainer),
         "identity": engines.identity(trainer),

@@ -43,6 +43,11 @@ def test_ranks_generate_refill_and_learn_together(two_processes, engine: str) ->
     for first, second in zip(rank_0["logs"], rank_1["logs"], strict=True):
         assert first["grad_norm"] == pytest.approx(second["grad_norm"])
     assert rank_0["logs"][0]["groups/rounds"] >= 1
+    asked = [
+        [(entry["eval_reward"], entry["eval_length/mean"]) for entry in rank["held_out"]] for rank in (rank_0, rank_1)
+    ]
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 2
 
 
 def test_every_engine_samples_the_same_first_rollouts(two_processes) -> None:
