@@ -85,7 +85,8 @@ def same_choice(gold: Choice, prediction: str, same_text: Callable[[str, str], b
             return _compared(gold, equal[0])
     elif gold.text is not None and same_text(gold.text, text):
         return True, "is the text of the option"
-    named = _letters_in(without_reason(text), gold.letters)
+    text = without_reason(text)
+    named = _letters_in(text, gold.letters)
     if _HEDGED.search(text):
         raise Unreadable("names a letter or something else")
     if len(named) == 1:
@@ -96,7 +97,7 @@ def same_choice(gold: Choice, prediction: str, same_text: Callable[[str, str], b
     if named:
         raise Unreadable(f"names the options {', '.join(sorted(named))}")
     if gold.options is not None:
-        return _compared(gold, find_option(without_reason(text), gold.options))
+        return _compared(gold, find_option(text, gold.options))
     raise Unreadable("names no letter" + ("" if gold.text else "; the texts of the options are unknown"))
 
 

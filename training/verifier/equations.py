@@ -34,7 +34,7 @@ _WORDS = re.compile(
 )
 _SIGN = re.compile(r"(?<![<>=!])=(?!=)|\\approx(?![a-z])")
 _OTHER_RELATION = re.compile(r"[<>]|\\(?:le|ge|neq?|not|equiv|sim|cong|parallel|perp|in|to)(?![a-z])")
-_IMPLIES = re.compile(r"\\(?:Rightarrow|Longrightarrow|implies)(?![a-zA-Z])|⇒|=>")
+_IMPLIES = re.compile(r"\\(?:Rightarrow|Longrightarrow|implies)(?![a-zA-Z])|⇒")
 _LEFT_SIDE = re.compile(r"\s?(?P<sign>=|\\approx(?![a-z])|:)\s?")
 _LONGEST_NAME = 60  # characters
 _SYMBOLIC = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z])")
@@ -87,12 +87,14 @@ def is_relation(text: str) -> bool:
     return _SIGN.search(text) is not None or _OTHER_RELATION.search(text) is not None
 
 
-def stated(text: str) -> Stated:
+def stated(text: str, *, with_formulas: bool) -> Stated:
     r"""The sides of an equation that must be the answer.
 
-    Names are left out at both ends. After a name a formula may stand, `A = \pi r^2 = 4\pi`: sides with letters of their
-    own, other than the last, are left out too. Of `3x = 9 \Rightarrow x = 3` the conclusion counts.
+    Names are left out at both ends. Of `3x = 9 \Rightarrow x = 3` the conclusion counts.
 
+    Args:
+        with_formulas: after a name a formula may stand, `A = \pi r^2 = 4\pi`: sides with letters of their own, other than
+            the last, are left out too.
     Raises:
         Unreadable: it has no side with a value, or another relation than equality.
     """
@@ -107,7 +109,7 @@ def stated(text: str) -> Stated:
     sides = sides[1:] if named else sides
     if not named and len(sides) > 1 and is_name(sides[-1][0]):
         sides = sides[:-1]
-    if named:
+    if named and with_formulas:
         sides = [side for side in sides[:-1] if not is_symbolic(side[0])] + sides[-1:]
     if not sides or not all(side for side, _ in sides):
         raise Unreadable("is an equation without a value")

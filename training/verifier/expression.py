@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from .equations import FUNCTIONS, is_relation, stated
+from .equations import FUNCTIONS, is_relation, is_symbolic, stated
 from .normalise import clean
 from .pool import Comparison, shared_pool
 from .quantity import read_quantity
@@ -53,7 +53,7 @@ def same_expression(gold: str, prediction: str, tolerance: Fraction | None = Non
         return _same_side(gold, prediction, tolerance)
     _guarded_gold(gold)
     guarded(prediction)
-    sides = stated(text)
+    sides = stated(text, with_formulas=not is_symbolic(clean(gold)))
     verdicts = [_same_side(gold, side, tolerance) for side in sides.equal]
     exact = next((verdict for verdict in verdicts if not verdict[0]), verdicts[0] if verdicts else (False, ""))
     if not sides.near:

@@ -14,8 +14,8 @@ _DENIAL = re.compile(
     re.IGNORECASE,
 )
 _DOUBT = re.compile(
-    r"\b(?:maybe|perhaps|possibly|might|could be|unsure|uncertain|undecided|not sure|don't know|guess(?:ing|es)?|wait"
-    r"|never ?mind|ignore|forget|no idea|impossible to (?:tell|say))\b|\?",
+    r"\b(?:maybe|perhaps|possibly|might|could be|unsure|uncertain|undecided|not sure|don't know|guess(?:ing|es)?"
+    r"|(?<!no )doubt\w*|wait|never ?mind|ignore|forget|no idea|impossible to (?:tell|say))\b|\?",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(r"[.,;:!?](?=\s|$)|\n|\b(?:so|therefore|thus|hence|because|since)\b", re.IGNORECASE)

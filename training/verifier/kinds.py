@@ -60,7 +60,7 @@ def infer_kind(gold: str, options: Sequence[str] | None = None) -> str:
         return "choice"
     if re.fullmatch(r"[A-H](?:\s?,\s?[A-H])+", text):
         return "choices"
-    if options is None and re.fullmatch(r"A?B?C?D?E?F?G?H?", text) and len(text) > 1:
+    if re.fullmatch(r"A?B?C?D?E?F?G?H?", text) and len(text) > 1:
         return "choices"
     if _BOOLEAN.fullmatch(text):
         return "boolean"

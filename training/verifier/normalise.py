@@ -86,7 +86,7 @@ def fold(text: str) -> str:
 
     Signs stay where they have a meaning: `-5`, `x<3`, `C#`, `B+`, `B-`.
     """
-    text = re.sub(r"\s?([<>=])\s?", r"\1", text.casefold())
+    text = re.sub(r"\s?([<>=])\s?", r"\1", text.casefold()).replace("n't", " not")
     text = re.sub(r"(?<![\w)\]])-\s(?=\.?\d)", "-", text)
     text = re.sub(r"-\s?(?=[\\({|√])", " minus ", text)  # what follows is about to lose its brackets
     words = re.sub(r"[^\w%°$€£+.\-/:#<>=]+", " ", text).split()

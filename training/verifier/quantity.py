@@ -44,11 +44,17 @@ _CODE = re.compile(r"^(?:(US\$|USD|EUR|GBP|INR|Rs\b\.?|RMB|CNY)\s?)(?=[\d.])", r
 _SIGN_OF = {"US$": "$", "USD": "$", "EUR": "€", "GBP": "£", "INR": "₹", "RS": "₹", "RMB": "¥", "CNY": "¥"}
 _REPEATING = re.compile(r"(\d{0,12})\.(\d{0,12})\\overline\s?\{\s?(\d{1,12})\s?\}")
 _SAID_TWICE = re.compile(r"(\S.{0,80})\s\(([^()]*[A-Za-z][^()]*)\)")
-_COMPOUND = re.compile(r"\d+(?:\.\d+)?\s?[A-Za-z]+(?:\s?(?:,|\band\b)?\s?\d+(?:\.\d+)?\s?[A-Za-z]+){1,3}")
+_COMPOUND = re.compile(r"\d+(?:\.\d+)?\s?(?![eE]\d)[A-Za-z]+(?:\s?(?:,|\band\b)?\s?\d+(?:\.\d+)?\s?[A-Za-z]+){1,3}")
 _LABEL = re.compile(r"[A-Za-z][A-Za-z'-]{2,24}(?: [A-Za-z][A-Za-z'-]{1,24}){0,2}")
 # What can be counted: "4 wait" and "4 false" count nothing.
 _PLURAL = re.compile(
-    r"(?!this|yes|always|does|was|has)[a-z][a-z'-]+[^s\W]s|people|men|women|children|fish|sheep|deer|feet|teeth|mice|geese|dice",
+    r"(?!(?:this|yes|always|does|was|has|its)\b)[a-z][a-z'-]*[^s\W]s|people|men|women|children|fish|sheep|deer|feet|teeth|mice|geese|dice",
+    re.IGNORECASE,
+)
+# Says how a number is meant, not of what it is: "12 cm long", "4 left".
+_MANNER = re.compile(
+    r"(?:^|\s)(?:in (?:total|all|length|width|height)|total"
+    r"|altogether|left|remaining|each|long|wide|tall|high|deep|old|away|apart)$",
     re.IGNORECASE,
 )
 # Words after a number that change its meaning, or belong to another answer.
@@ -100,12 +106,12 @@ def read_quantity(text: str, *, in_percent: bool = False) -> Quantity:
         return _compound(text, name)
     found = _NUMBER.match(text)
     if found is None:
-        return _from_words(text, name)
-    value, rest = _value(found), text[found.end() :].strip()
+        return _from_words(text, name, in_percent=in_percent)
+    value, rest = _value(found), _MANNER.sub("", text[found.end() :].strip())
     unit = read_unit(found["currency"]) if found["currency"] else BARE
     glued = text[found.end() : found.end() + 1] not in ("", " ")
     rest, scale = _take_scale(rest, with_suffix=glued or bool(found["currency"]))
-    if scale == 1000 and unit.is_bare and glued and text[found.end()] == "K":
+    if scale == 1000 and unit.is_bare and not rest and glued and text[found.end()] == "K":
         unit = _THOUSAND_OR_KELVIN
     else:
         value *= scale
@@ -222,21 +228,21 @@ def _unit_or_label(rest: str, *, glued: bool) -> tuple[Unit, str]:
         return BARE, " ".join([*first, last[:-1] if last.endswith("s") and not last.endswith("ss") else last])
 
 
-def _from_words(text: str, name: str) -> Quantity:
+def _from_words(text: str, name: str, *, in_percent: bool) -> Quantity:
     """`three`, `twenty-one`, `fifty percent`, `three apples`."""
     words = text.replace("-", " ").lower().split()
     value, said = spoken_number(words)
     if value is None or "-" in text[:1]:
         raise Unreadable("it is not a number")
     rest = " ".join(words[said:])
-    if (percent := _PERCENT.fullmatch(rest)) is not None:
-        return Quantity(value / 100, is_percent=percent is not None, name=name)
+    if _PERCENT.fullmatch(rest) is not None or (in_percent and not rest):
+        return Quantity(value / 100, is_percent=True, name=name)
     unit, label = _unit_or_label(rest, glued=False) if rest else (BARE, "")
     return Quantity(value, unit=unit, label=label, name=name, counts=_counts(value, label, rest))
 
 
 def _counts(value: Fraction, label: str, words: str) -> bool:
-    return not label or abs(value) == 1 or any(_PLURAL.fullmatch(word) for word in words.split())
+    return not label or abs(value) <= 1 or any(_PLURAL.fullmatch(word) for word in words.split())
 
 
 def _said_twice(text: str, again: str, *, in_percent: bool) -> Quantity:

@@ -113,9 +113,8 @@ def named_options(text: str, options: Sequence[str]) -> set[int]:
     folded = fold(clean(text))
     found: dict[int, list[tuple[int, int]]] = {}
     for index, option in enumerate(options):
-        name = "" if "\\" in clean(option) else fold(clean(option))
-        place = rf"(?<![\w+\-.#<>/]){re.escape(name)}(?![\w+\-#/<>=]|\.\d)"
-        if name and (spans := [match.span() for match in re.finditer(place, folded)]):
+        place = _place(option)
+        if place is not None and (spans := [match.span() for match in place.finditer(folded)]):
             found[index] = spans
     return {
         index
@@ -128,12 +127,19 @@ def refuse_hedges(text: str, option: str) -> None:
     """Raises:
     Unreadable: what stands around this option in the text denies it, doubts it, or offers something else.
     """
-    name = fold(clean(option))
-    around = fold(clean(text)).replace(name, " ") if name else clean(text)
+    place, around = _place(option), fold(clean(text))
+    around = place.sub(" ", around) if place is not None else around
     if re.search(r"\bor\b", around):
         raise Unreadable("names an option or something else")
     if denies(around) or doubts(around):
         raise Unreadable("takes the option back")
+
+
+def _place(option: str) -> re.Pattern[str] | None:
+    """How an option occurs in a folded text; None: it never does."""
+    cleaned = clean(option)
+    name = "" if "\\" in cleaned else fold(cleaned)
+    return re.compile(rf"(?<![\w+\-.#<>/]){re.escape(name)}(?![\w+\-#/<>=]|\.\d)") if name else None
 
 
 def _inside(span: tuple[int, int], other: int, found: dict[int, list[tuple[int, int]]]) -> bool:

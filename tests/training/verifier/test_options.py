@@ -24,6 +24,12 @@ TIMES = ("3:30 pm", "4:30 pm")
 
 # (options, gold, prediction, right?)
 ROWS = [
+    (PETS, "A", "It isn't the dog", False),
+    (YES_OR_NO, "B", "It is not no", False),
+    (PETS, "A", "It can't be the dog", False),
+    (PETS, "A", "AB", False),
+    (PETS, "AC", "A, C", True),
+    (PETS, "AC", "A", False),
     (PETS, "A", "A. dog", True),
     (PETS, "A", "The answer is A", True),
     (PETS, "A", "(A) The dog", True),

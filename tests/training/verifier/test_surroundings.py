@@ -6,6 +6,22 @@ from metis_home.training.verifier import verify_answer
 
 # (gold, prediction, right?)
 ROWS = [
+    ("100000 kg", "1e5 kg", True),
+    ("100000", "1e5", True),
+    ("12 cm", "12 cm long", True),
+    ("12 cm", "12 m long", False),
+    ("12", "12 total", True),
+    ("4", "4 left", True),
+    ("4", "4 left or right", False),
+    ("0.5", "1/2 cup", True),
+    ("20000", "20K people", True),
+    ("20", "20K people", False),
+    ("4", "4 TVs", True),
+    ("4", "x=>4", False),
+    ("2x+1", "y = x+1 = 2x+1", False),
+    ("B", "I doubt B is the answer", False),
+    ("B", "There is no doubt that it is B", True),
+    ("B", "B because A might be wrong", True),
     ("4", "4 or maybe 5", False),
     ("4", "4 / 5", False),
     ("4", "4; 5", False),

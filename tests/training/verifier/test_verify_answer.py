@@ -221,6 +221,8 @@ def test_a_gold_that_cannot_be_read_is_none_whatever_is_answered(gold) -> None:
     ("kind", "gold", "prediction", "right"),
     [
         ("percent", "10", "10%", True),
+        ("percent", "10", "ten", True),
+        ("percent", "10", "ten percent", True),
         ("percent", "10%", "10", True),
         ("percent", "10%", "0.1", False),
         ("interval", "(1,2)", "1<x<2", True),
