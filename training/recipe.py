@@ -21,6 +21,8 @@ from typing import Any, Literal, get_type_hints
 
 from metis_home.errors import RecipeError
 
+from .reward_references import is_reference
+
 Stage = Literal["sft", "router", "rl"]
 
 REWARDS = ("accuracy_reward", "format_reward", "efficiency_reward")
@@ -84,7 +86,8 @@ class Recipe:
     training: dict[str, object]
     lora: LoraSection | None = None
     rewards: tuple[str, ...] = ()
-    """`stage: rl`: names of reward functions of `metis_home.training.rewards`, weighed by `training.reward_weights`."""
+    """`stage: rl`: names of reward functions of `metis_home.training.rewards`, or `module:function`, weighed by
+    `training.reward_weights`."""
 
     def config_class(self) -> type:
         """MetisSFTConfig or MetisRLConfig."""
@@ -153,10 +156,12 @@ def _rewards(names: object, stage: str, name: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not names:
         raise RecipeError(f"{name}: rewards is {names!r}. Expected a list such as [accuracy_reward, format_reward].")
     for reward in names:
-        if reward not in REWARDS:
+        if reward not in REWARDS and not is_reference(reward):
             near = difflib.get_close_matches(str(reward), REWARDS, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"{name}: unknown reward {reward!r}. Known: {', '.join(REWARDS)}.{hint}")
+            raise RecipeError(
+                f"{name}: unknown reward {reward!r}. Known: {', '.join(REWARDS)}; one of your own is module:function.{hint}"
+            )
     return tuple(names)
 
 

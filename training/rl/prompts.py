@@ -57,6 +57,8 @@ class PromptSource:
         self.records, self.encoder, self.seed = list(records), encoder, seed
         self.rank, self.world_size = rank, world_size
         self.usable = self._short_enough()
+        if not self.records:
+            raise DataError("the data set has no rows: there are no prompts.")
         if len(self.usable) < world_size:
             raise DataError(
                 f"{len(self.usable)} of {len(self.records)} rows can be prompts (limit: {encoder.max_length} tokens), "

@@ -16,6 +16,7 @@ from typing import Any
 
 from metis_home.errors import RecipeError, RewardError
 
+from ..reward_references import is_reference, load_reference
 from ..rollouts.types import Rollout
 
 RewardFunction = Callable[..., Any]
@@ -40,7 +41,7 @@ class Scorer:
     """Calls the reward functions.
 
     Args:
-        functions: callables, or names of functions in `metis_home.training.rewards`.
+        functions: callables, names of functions in `metis_home.training.rewards`, or `module:function`.
         weights: one per function; None: 1 each.
         separate: names of functions that stay out of the total (HDPO's efficiency reward).
         overlong_buffer: adds a component `overlong` over so many last tokens; 0: off.
@@ -66,7 +67,7 @@ class Scorer:
         weights = list(weights) if weights is not None else [1.0] * len(resolved)
         if len(weights) != len(resolved):
             raise RecipeError(f"{len(resolved)} reward functions came with {len(weights)} reward_weights")
-        self.functions = dict(zip(_names(resolved), resolved, strict=True))
+        self.functions = dict(zip(_names(functions, resolved), resolved, strict=True))
         missing = set(separate) - set(self.functions)
         if missing:
             raise RecipeError(f"no reward function is called {sorted(missing)[0]!r}; found {', '.join(self.functions)}")
@@ -195,13 +196,16 @@ def call(name: str, function: RewardFunction, columns: dict[str, Any], expected:
 
 
 def resolve(function: RewardFunction | str) -> RewardFunction:
-    """A callable as it is; a name as the function of that name in `metis_home.training.rewards`.
+    """A callable as it is; a name as the function of that name in `metis_home.training.rewards`; `module:function` as
+    that function, the module also sought in the working directory.
 
     Raises:
         RecipeError: there is no such function.
     """
     if not isinstance(function, str):
         return function
+    if is_reference(function):
+        return load_reference(function)
     from .. import rewards
 
     found = getattr(rewards, function, None)
@@ -210,10 +214,12 @@ def resolve(function: RewardFunction | str) -> RewardFunction:
     return found
 
 
-def _names(functions: Sequence[RewardFunction]) -> list[str]:
+def _names(given: Sequence[RewardFunction | str], resolved: Sequence[RewardFunction]) -> list[str]:
     names: list[str] = []
-    for function in functions:
+    for asked, function in zip(given, resolved, strict=True):
         name = getattr(function, "__name__", type(function).__name__)
+        if isinstance(asked, str):
+            name = asked.rpartition(":")[2]
         names.append(name if name not in names else f"{name}_{len(names)}")
     return names
 

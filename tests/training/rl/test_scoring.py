@@ -1,6 +1,7 @@
 """Reward functions: what they are called with, what may come back, how components add up."""
 
 import asyncio
+import sys
 
 import pytest
 
@@ -168,6 +169,28 @@ def test_functions_by_name_are_those_of_the_package() -> None:
         Scorer(["accuracy_reward"], [1.0, 2.0])
     with pytest.raises(RecipeError, match="efficiency_reward"):
         Scorer(["accuracy_reward"], separate=["efficiency_reward"])
+
+
+def test_functions_of_the_users_own_are_named_by_module_and_name(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_rewards_here.py").write_text(
+        "def judged(completions, **columns):\n    return [0.25] * len(completions)\n\nlimit = 3\n"
+    )
+    (tmp_path / "my_broken_rewards.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+
+    [scores] = Scorer(["my_rewards_here:judged", "format_reward"]).score([[rollout("a")]])
+
+    assert scores.components["judged"] == [0.25]
+    assert sys.path == path
+    for name, said in {
+        "my_rewards_here:limit": "has no function 'limit'",
+        "my_rewards_here:other": "has no function 'other'",
+        "my_broken_rewards:judged": "ModuleNotFoundError: No module named 'nothing_of_this_name'",
+        "no_such_module_at_all:judged": "importing no_such_module_at_all failed",
+    }.items():
+        with pytest.raises(RecipeError, match=said):
+            Scorer([name])
 
 
 def test_two_functions_of_one_name_keep_apart() -> None:

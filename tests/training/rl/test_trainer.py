@@ -111,6 +111,11 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path) -> None:
             trainer(tmp_path, data=other, max_steps=2).train(resume_from_checkpoint=True)
 
 
+def test_no_rows_are_no_prompts(tmp_path) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        trainer(tmp_path, data=[])
+
+
 def test_rows_that_would_stop_a_run_later_stop_it_before_the_first_step(tmp_path) -> None:
     good = [{"prompt": f"What {number}", "answer": str(number), "id": f"q{number}"} for number in range(3)]
     broken = [
