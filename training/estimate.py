@@ -221,7 +221,7 @@ def _rl_tokens(recipe: Recipe) -> tuple[int, dict[str, Any]]:
     return tokens, {
         "rollout_tokens": int(value["rollout_batch_tokens"]) if generates else 0,
         "logit_bytes": CHUNK_BYTES,
-        "reference": bool(value["kl_coef"]) and recipe.lora is None,
+        "reference": bool(value["kl_coef"] or value["log_kl"]) and recipe.lora is None,
     }
 
 
