@@ -32,9 +32,13 @@ def _choice(gold: str, settings: Settings) -> Compare:
 
 def _choices(gold: str, settings: Settings) -> Compare:
     right = choice.read_letters(gold)
+    gold_word = clean(gold).upper()
 
     def compare(text: str) -> tuple[bool, str]:
         found = choice.read_letters(text)
+        word = clean(text).upper()
+        if word.isalpha() and gold_word.isalpha():  # may be an angle: ABC is not BAC
+            return word == gold_word, f"chooses {word}"
         return found == right, f"chooses {', '.join(sorted(found))}"
 
     return compare
@@ -90,7 +94,8 @@ def _number(gold: str, settings: Settings, *, in_percent: bool = False) -> Compa
                 name = leading_name(clean(text))[0]
                 if right.name and name and right.name != name:
                     return False, f"{name} is not {right.name}"
-                return same_measured(_written(right.value), right.unit, text, settings.tolerance)
+                thousands = 1 if right.unit.dimensions else right.unit.factor  # `20K`
+                return same_measured(_written(right.value * thousands), right.unit, text, settings.tolerance)
             else:
                 raise
         return quantity.same_quantity(right, found, settings.tolerance)
@@ -232,7 +237,7 @@ def _same_option(option: str, prediction: str) -> bool:
     if gold.casefold() == text.casefold():
         return True
     kind = infer_kind(gold)
-    if kind in ("choice", "choices", "text") or not _VALUE.search(gold + " " + text):
+    if kind in ("choice", "choices", "text") or (kind != "boolean" and not _VALUE.search(gold + " " + text)):
         return fold(gold) == fold(text)
     if kind == "expression" and not looks_mathematical(text):
         return False

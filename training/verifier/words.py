@@ -88,6 +88,8 @@ def find_option(text: str, options: Sequence[str]) -> int:
 
     The whole text may be an option; else exactly one option may occur in it, see `named_options`.
 
+    Of two options that say yes and no, `read_boolean` chooses.
+
     Raises:
         Unreadable: it names none, or several, or takes back what it names.
     """
@@ -96,6 +98,9 @@ def find_option(text: str, options: Sequence[str]) -> int:
     exact = [index for index, name in enumerate(names) if name == folded]
     if len(exact) == 1:
         return exact[0]
+    sides = [_BOOLEANS.get(name) for name in names]
+    if set(sides) == {True, False} and len(sides) == 2:  # to look for a "no" would find "no idea"
+        return sides.index(read_boolean(text))
     standing = named_options(text, options)
     if exact or len(standing) != 1:
         raise Unreadable("names several options" if exact or standing else "names no option")
@@ -124,14 +129,16 @@ def named_options(text: str, options: Sequence[str]) -> set[int]:
 
 
 def refuse_hedges(text: str, option: str) -> None:
-    """Raises:
-    Unreadable: what stands around this option in the text denies it, doubts it, or offers something else.
+    """Look at what stands around this option in the text.
+
+    Raises:
+        Unreadable: it denies the option, doubts it, or offers something else.
     """
     place, around = _place(option), fold(clean(text))
     around = place.sub(" ", around) if place is not None else around
     if re.search(r"\bor\b", around):
         raise Unreadable("names an option or something else")
-    if denies(around) or doubts(around):
+    if denies(around) or doubts(around) or (doubts(text) and not doubts(option)):
         raise Unreadable("takes the option back")
 
 

@@ -24,6 +24,17 @@ TIMES = ("3:30 pm", "4:30 pm")
 
 # (options, gold, prediction, right?)
 ROWS = [
+    (("Yes", "No", "Maybe"), "B", "No idea", False),
+    (("Yes", "No", "Maybe"), "C", "Maybe", True),
+    (("Yes", "No", "Maybe"), "C", "C. Maybe", True),
+    (YES_OR_NO, "B", "There is no way to tell", False),
+    (YES_OR_NO, "B", "The light says no.", True),
+    (YES_OR_NO, "B", "No, it is not", True),
+    (YES_OR_NO, "A", "No, it is not", False),
+    (YES_OR_NO, "A", "A. Yes, there is no doubt", True),
+    (YES_OR_NO, "A", "A. No", False),
+    (YES_OR_NO, "B", "No idea", False),
+    (YES_OR_NO, "A", "maybe yes", False),
     (PETS, "A", "It isn't the dog", False),
     (YES_OR_NO, "B", "It is not no", False),
     (PETS, "A", "It can't be the dog", False),

@@ -33,8 +33,20 @@ several = st.tuples(st.sampled_from([("", ""), ("(", ")"), ("[", "]"), (r"\{", r
 intervals = st.tuples(st.sampled_from("(["), integers, st.integers(1, 100), st.sampled_from(")]")).map(
     lambda t: f"{t[0]}{t[1]}, {t[1] + t[2]}{t[3]}"
 )
+ranges = st.tuples(st.integers(0, 999), st.sampled_from(["-", " to ", "–"]), st.integers(0, 999)).map(
+    lambda t: f"{t[0]}{t[1]}{t[2]}"
+)
 golds = st.one_of(
-    numbers, words, choices, times, several, intervals, st.sampled_from(["yes", "No", "True", "1:2", "3:4:5"])
+    numbers,
+    words,
+    choices,
+    times,
+    several,
+    intervals,
+    ranges,
+    st.sampled_from(
+        ["yes", "No", "True", "1:2", "3:4:5", "ABD", "A+", ">", "20K", "1 hour 30 minutes", r"AB \perp CD"]
+    ),
 )
 wrappings = st.sampled_from(
     [
@@ -58,13 +70,15 @@ junk = st.text(
     max_size=60,
 )  # fmt: skip
 tags = "<answer> </answer> <think> </think>"
-marks = r"\boxed{ } { \frac \{ \} 4 A $ , ( ) x = or \pm % cm : 30 - ^ ! \cup [ ] is 1,000"
+marks = (
+    r"答案是 not because 20K ≈ √ ₂ 1-2 \boxed{ } { \frac \{ \} 4 A $ , ( ) x = or \pm % cm : 30 - ^ ! \cup [ ] is 1,000"
+)
 pieces = st.lists(st.sampled_from([*tags.split(), *marks.split(), " ", " or ", " is "]), max_size=14).map("".join)
 
 
 @given(
     st.one_of(junk, pieces),
-    st.sampled_from(["4", "A", "yes", "blue", "12:30", "(1, 2)", "[1, 2)", r"\{1, 2\}", "1:2", "10%"]),
+    st.sampled_from(["4", "A", "yes", "blue", "12:30", "30-39", "5 cm", "(1, 2)", "[1, 2)", r"\{1, 2\}", "1:2", "10%"]),
 )
 @settings(max_examples=250, deadline=None)
 @example("\ud800", "4")

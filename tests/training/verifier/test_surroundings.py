@@ -6,6 +6,11 @@ from metis_home.training.verifier import verify_answer
 
 # (gold, prediction, right?)
 ROWS = [
+    ("ABC", "ABC", True),
+    ("ABC", "A, C, B", True),
+    ("ABC", "BAC", False),
+    ("20K", r"\sqrt{400}", False),
+    ("16K", r"\sqrt{256000000}", True),
     ("100000 kg", "1e5 kg", True),
     ("100000", "1e5", True),
     ("12 cm", "12 cm long", True),
