@@ -59,36 +59,32 @@ def queries_of(completions: Sequence[Completion]) -> list[Query]:
 
 
 def modes_figure(report: EvaluationReport) -> "Figure":
-    """Accuracy (95 % intervals), tokens per answer and thinking ratio, by source and mode."""
+    """Accuracy (95 % intervals), tokens per answer and thinking ratio: a row for each source, a bar for each mode."""
     sources = list(dict.fromkeys(source for found in report.modes.values() for source in found.sources))
     groups = [*sources, ALL] if len(sources) > 1 else [ALL]
-    figure, axes = _subplots(3, width=max(9.0, 1.2 * len(groups) * 3))
+    thickness = 0.8 / len(report.modes)
+    figure, axes = _subplots(3, width=11.0, height=1.6 + 0.2 * len(groups) * (len(report.modes) + 1))
     for axis, title in zip(axes, ("accuracy", "tokens per answer", "thinking ratio"), strict=True):
         axis.set_title(title)
-        axis.set_xticks(
-            range(len(groups)),
-            groups,
-            rotation=30 if len(groups) > 2 else 0,
-            ha="right" if len(groups) > 2 else "center",
-        )
-    width = 0.8 / len(report.modes)
+        axis.set_yticks(range(len(groups)), groups if axis is axes[0] else [""] * len(groups))
+        axis.set_ylim(len(groups) - 0.5, -0.5)  # the first source on top
     for place, (mode, found) in enumerate(report.modes.items()):
-        at = [index + (place - (len(report.modes) - 1) / 2) * width for index in range(len(groups))]
+        at = [index + (place - (len(report.modes) - 1) / 2) * thickness for index in range(len(groups))]
         members = [found.all if name == ALL else found.sources.get(name) for name in groups]
-        style: dict[str, Any] = {"width": width, "color": _COLOURS[mode], "label": _NAMES[mode]}
+        style: dict[str, Any] = {"height": thickness, "color": _COLOURS[mode], "label": _NAMES[mode]}
         accuracy = [None if group is None else group.accuracy for group in members]
-        heights = [0.0 if share is None or share.value is None else share.value for share in accuracy]
+        lengths = [0.0 if share is None or share.value is None else share.value for share in accuracy]
         spread = [
             (0.0, 0.0)
             if share is None or share.value is None or share.low is None or share.high is None
             else (share.value - share.low, share.high - share.value)
             for share in accuracy
         ]
-        axes[0].bar(at, heights, yerr=list(zip(*spread, strict=True)), capsize=2, ecolor="#444", **style)
-        axes[1].bar(at, [0.0 if group is None else group.mean_tokens or 0.0 for group in members], **style)
-        axes[2].bar(at, [_ratio(group) for group in members], **style)
-    axes[0].set_ylim(0, 1.05)
-    axes[2].set_ylim(0, 1.05)
+        axes[0].barh(at, lengths, xerr=list(zip(*spread, strict=True)), capsize=2, ecolor="#444", **style)
+        axes[1].barh(at, [0.0 if group is None else group.mean_tokens or 0.0 for group in members], **style)
+        axes[2].barh(at, [_ratio(group) for group in members], **style)
+    axes[0].set_xlim(0, 1.05)
+    axes[2].set_xlim(0, 1.05)
     handles, names = axes[1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -210,12 +206,12 @@ def _ratio(group: Group | None) -> float:
     return (group.thinking or group.reasoned).value or 0.0
 
 
-def _subplots(columns: int, *, width: float) -> "tuple[Figure, list[Axes]]":
+def _subplots(columns: int, *, width: float, height: float = 4.0) -> "tuple[Figure, list[Axes]]":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(f'plots need matplotlib: pip install "metis_home[train]" ({error})') from error
-    figure = Figure(figsize=(width, 4.0), layout="constrained")  # no pyplot: no global state, no display
+    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no global state, no display
     axes = figure.subplots(1, columns)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

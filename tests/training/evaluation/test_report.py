@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from metis_home.training.evaluation.completions import Completion
 from metis_home.training.evaluation.report import (
     EvaluationReport,
     comparisons,
@@ -108,9 +109,8 @@ def test_rows_without_two_verdicts_count_for_tokens_only() -> None:
     assert found.tokens_saved == 0.5
 
 
-def test_the_report_is_json_without_the_completions() -> None:
-    rows = [completion("a", "auto", label="thinking"), completion("a", "on", label="thinking")]
-    report = EvaluationReport(
+def a_report(rows: list[Completion]) -> EvaluationReport:
+    return EvaluationReport(
         model={"name": "m", "routes": True},
         data={"name": "d"},
         settings={},
@@ -120,6 +120,10 @@ def test_the_report_is_json_without_the_completions() -> None:
         comparisons=comparisons(rows),
         completions=rows,
     )
+
+
+def test_the_report_is_json_without_the_completions() -> None:
+    report = a_report([completion("a", "auto", label="thinking"), completion("a", "on", label="thinking")])
 
     found = json.loads(json.dumps(report.to_dict()))
 
@@ -133,3 +137,20 @@ def test_completions_are_selected_in_the_order_of_the_rows() -> None:
     rows = {(row.thinking, row.id): row for row in (completion("b"), completion("a"), completion("c"))}
 
     assert [row.id for row in select(rows, ["a", "b"], ["auto", "on"])] == ["a", "b"]
+
+
+def test_many_sources_are_rows_of_a_picture_that_keeps_its_width() -> None:
+    from metis_home.training.evaluation.plots import modes_figure
+
+    rows = [
+        completion(f"q{source}", mode, source=f"source {source}", label="thinking")
+        for source in range(8)
+        for mode in ("auto", "on", "off")
+    ]
+    figure = modes_figure(a_report(rows))
+
+    width, height = figure.get_size_inches()
+    assert width / height < 2
+    named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert named == [*(f"source {number}" for number in range(8)), "all"]
+    assert [len(axis.patches) for axis in figure.axes] == [27] * 3
