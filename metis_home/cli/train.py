@@ -77,7 +77,16 @@ def train(
         print(json.dumps(dataclasses.asdict(summary)))
         return
     print(summary.output_dir)
-    shown = ("loss", "lm_loss", "router_loss", "router_accuracy", "eval_loss", "eval_router_accuracy", "reward")
+    shown = (
+        "loss",
+        "lm_loss",
+        "router_loss",
+        "router_accuracy",
+        "eval_loss",
+        "eval_router_accuracy",
+        "reward",
+        "eval_accuracy",
+    )
     values = [f"{name} {summary.metrics[name]:.4g}" for name in shown if name in summary.metrics]
     print(f"{summary.steps} steps; {', '.join(values)}", file=sys.stderr)
 
