@@ -36,6 +36,7 @@ _SIGN = re.compile(r"(?<![<>=!])=(?!=)|\\approx(?![a-z])")
 _OTHER_RELATION = re.compile(r"[<>]|\\(?:le|ge|neq?|not|equiv|sim|cong|parallel|perp|in|to)(?![a-z])")
 _IMPLIES = re.compile(r"\\(?:Rightarrow|Longrightarrow|implies)(?![a-zA-Z])|⇒")
 _LEFT_SIDE = re.compile(r"\s?(?P<sign>=|\\approx(?![a-z])|:)\s?")
+MAX_SIDES = 8  # each may take math-verify its whole time
 _LONGEST_NAME = 60  # characters
 _SYMBOLIC = re.compile(rf"(?<![\\a-zA-Z])(?!(?:{FUNCTIONS})(?![a-zA-Z]))[a-zA-Z]|\\(?:{_GREEK})(?![a-zA-Z])")
 
@@ -111,6 +112,8 @@ def stated(text: str, *, with_formulas: bool) -> Stated:
         sides = sides[:-1]
     if named and with_formulas:
         sides = [side for side in sides[:-1] if not is_symbolic(side[0])] + sides[-1:]
+    if len(sides) > MAX_SIDES:
+        raise Unreadable(f"is an equation of more than {MAX_SIDES} sides")
     if not sides or not all(side for side, _ in sides):
         raise Unreadable("is an equation without a value")
     return Stated(tuple(s for s, is_near in sides if not is_near), tuple(s for s, is_near in sides if is_near))

@@ -54,8 +54,11 @@ def same_expression(gold: str, prediction: str, tolerance: Fraction | None = Non
     _guarded_gold(gold)
     guarded(prediction)
     sides = stated(text, with_formulas=not is_symbolic(clean(gold)))
-    verdicts = [_same_side(gold, side, tolerance) for side in sides.equal]
-    exact = next((verdict for verdict in verdicts if not verdict[0]), verdicts[0] if verdicts else (False, ""))
+    exact = (False, "")
+    for side in sides.equal:
+        exact = _same_side(gold, side, tolerance)
+        if not exact[0]:
+            break
     if not sides.near:
         return exact
     anchors = [gold] if exact[0] else [side for side in sides.near if _same_side(gold, side, tolerance)[0]]

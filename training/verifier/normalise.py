@@ -127,7 +127,7 @@ def _unit_at_the_start(text: str) -> str:
     for count in (len(words), 2, 1):
         try:
             unit = " ".join(words[:count])
-            if unit and count <= len(words):
+            if unit and count <= len(words) and (unit != "in" or count == len(words)):  # `$12$ in the box`
                 read_unit(unit)
                 return rf"\text{{ {unit}}}"
         except Unreadable:

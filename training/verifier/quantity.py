@@ -127,7 +127,7 @@ def read_quantity(text: str, *, in_percent: bool = False) -> Quantity:
         if found["currency"] is None:
             unit, label = _unit_or_label(rest, glued=glued and scale == 1)
             counts = _counts(value, label, rest)
-        elif read_unit(rest) != unit:  # "$5 dollars" says it twice
+        elif conversion(unit, read_unit(rest)) != 1:  # "$5 dollars" says it twice
             raise Unreadable(f"{rest!r} follows a sum of money")
     return Quantity(value, is_percent, unit, label, name, counts)
 

@@ -84,6 +84,7 @@ CURRENCIES = "$€£¥₹"
 # Symbols that take a metric prefix; no p before m, for "3 pm" is a time.
 _PREFIXABLE = frozenset("m g s L J eV cal W V A C F T Ω Hz Pa N mol B".split())
 _PREFIXES = {"k": F(10**3), "M": F(10**6), "G": F(10**9), "m": F(1, 10**3), "μ": F(1, 10**6), "n": F(1, 10**9)}
+_PREFIX_WORDS = {"kilo": "k", "mega": "M", "giga": "G", "milli": "m", "micro": "μ", "nano": "n"}
 _RARE_PREFIXES = {"pF": F(1, 10**12), "pA": F(1, 10**12), "ps": F(1, 10**12), "TB": F(10**12), "TW": F(10**12)}
 _ALIASES = {"mph": "mi/h", "kph": "km/h", "kmph": "km/h", "kmh": "km/h", "Nm": "N·m", "\\Omega": "Ω", "\\cdot": "·"}
 _ALIAS = re.compile("|".join(rf"(?<![A-Za-z]){re.escape(alias)}(?![A-Za-z])" for alias in _ALIASES))
@@ -167,6 +168,9 @@ def _look_up(name: str) -> tuple[Fraction, str]:
         factor, dimension = _NAMES[name[1:]]
         return factor * (_RARE_PREFIXES.get(name) or _PREFIXES[name[0]]), dimension
     singular = _singular(name)
+    for word, prefix in _PREFIX_WORDS.items():
+        if (base := singular.lower().removeprefix(word)) in _NAMES and base not in (singular.lower(), ""):
+            return _NAMES[base][0] * _PREFIXES[prefix], _NAMES[base][1]
     for spelling in (singular, *((name.lower(), singular.lower()) if len(name) > 1 else ())):
         if spelling in _NAMES:
             return _NAMES[spelling]

@@ -6,6 +6,14 @@ from metis_home.training.verifier import verify_answer
 
 # (gold, prediction, right?)
 ROWS = [
+    ("5 kJ", "5 kilojoules", True),
+    ("5 kJ", "5 kilowatts", False),
+    ("3 MW", "3 megawatts", True),
+    ("£5", "£5 pounds", True),
+    ("$5", "$5 cents", False),
+    ("12 cm", "There are $12$ in the box.", True),
+    ("4", "=".join(["2+2"] * 8), True),
+    ("4", "=".join(["2+2"] * 9), False),
     ("ABC", "ABC", True),
     ("ABC", "A, C, B", True),
     ("ABC", "BAC", False),
