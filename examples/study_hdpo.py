@@ -222,9 +222,8 @@ def draw(report: Json, path: Path) -> None:
     for run in report["seeds"]:
         for name in names:
             calls = run["arms"][name]["curves"]["tool_calls"]
-            left.plot(calls, color=colors[name], label=f"w_tool = {name}" if run is report["seeds"][0] else None)
+            left.plot(calls, color=colors[name])
     left.set(xlabel="batches of rollouts", ylabel="tool turns per rollout", ylim=(0, None), title="training (sampled)")
-    left.legend(loc="center right")
     bars = [("start", "lightgray", [run["start"]["test"] for run in report["seeds"]])]
     bars += [
         (f"w_tool = {name}", colors[name], [run["arms"][name]["test"] for run in report["seeds"]]) for name in names
@@ -237,7 +236,7 @@ def draw(report: Json, path: Path) -> None:
             _bars(axis, place, [[test[f"{what}_{kind}"] for test in tests] for kind in ("all", *KINDS)], color, label)
         axis.set(xticks=[0.25, 1.25, 2.25], xticklabels=["all", *KINDS], title=title)
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=len(bars), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(bars), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
