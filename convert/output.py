@@ -53,7 +53,7 @@ def write_output(
         plan: what to write.
         out: the directory to appear; its parent must exist.
         late_files: called once all else is on the disk.
-        resume: continue what a stopped run left in `OUT.partial`.
+        resume: continue what a stopped run left in `OUT.partial`; an `out` that is this plan's, complete, is left as it is.
         overwrite: an old checkpoint at `out` is replaced, in one step, when the new one is complete.
         progress: called after each piece.
         disk: the file system.
@@ -67,6 +67,11 @@ def write_output(
     if resume and _finish_renamed(out, partial, plan, disk):
         return
     if resume and not (partial.exists() or partial.is_symlink()):
+        if not overwrite and _fingerprint(out, disk) is not None:
+            raise OutputError(
+                f"{out} is complete, but it was made from other sources or with other options, or the sources were written "
+                "again since. Choose another directory, or replace it with --overwrite."
+            )
         check_target(out, overwrite=overwrite)
     with _partial_directory(out, partial, plan, resume=resume, disk=disk) as journal:
         missing = []

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metis_home.errors import CheckpointError, ProcessorError
-from metis_home.prompts import MAX_NEW_TOKENS, SYSTEM_PROMPT
+from metis_home.prompts import MAX_NEW_TOKENS
+
+from .models import system_prompt_for
 
 if TYPE_CHECKING:
     from metis_home.media import Message
@@ -55,7 +57,11 @@ Images = Annotated[
 ]
 System = Annotated[
     str | None,
-    typer.Option(help="System prompt; '' for the chat template's own. Default: Metis-RISE's.", show_default=False),
+    typer.Option(
+        help="System prompt; '' for the chat template's own. Default: the one of the model's training "
+        "(recipe.json beside it), else Metis-RISE's.",
+        show_default=False,
+    ),
 ]
 Threshold = Annotated[
     float | None,
@@ -98,6 +104,7 @@ def generate(
     """Answer one prompt."""
     if stream and as_json:
         raise typer.BadParameter("--stream prints text as it comes; it cannot be combined with --json.")
+    system = system_prompt_for(model, system)
     messages = _messages(sys.stdin.read() if prompt == "-" else prompt, image or [], system)
     loaded, processor = _load(model, dtype, device)
 
@@ -151,6 +158,7 @@ def route(
         raise typer.BadParameter("Pass a PROMPT or --data FILE.jsonl, one of the two.")
     if data is not None and image:
         raise typer.BadParameter("--image belongs to a PROMPT; the lines of --data name their own images.")
+    system = system_prompt_for(model, system)
     if prompt is not None:
         conversations = iter([_messages(sys.stdin.read() if prompt == "-" else prompt, image or [], system)])
     else:
@@ -213,20 +221,19 @@ def _load(
     return loaded.eval(), MetisHomeProcessor.from_pretrained(path)
 
 
-def _messages(prompt: str, images: list[Path], system: str | None) -> "list[Message]":
+def _messages(prompt: str, images: list[Path], system: str) -> "list[Message]":
     question: list[dict[str, object]] = [{"type": "image", "image": str(image)} for image in images]
     return _with_system([{"role": "user", "content": [*question, {"type": "text", "text": prompt}]}], system)
 
 
-def _with_system(messages: "list[Message]", system: str | None) -> "list[Message]":
+def _with_system(messages: "list[Message]", system: str) -> "list[Message]":
     """Put the system prompt first, unless the conversation has one or '' asks for the template's own."""
-    system = SYSTEM_PROMPT if system is None else system
     if not system or (messages and messages[0].get("role") == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-def _read_conversations(path: Path, system: str | None) -> "Iterator[list[Message]]":
+def _read_conversations(path: Path, system: str) -> "Iterator[list[Message]]":
     """Yield the conversation of each line.
 
     Raises:

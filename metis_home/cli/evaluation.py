@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metis_home.prompts import MAX_NEW_TOKENS, SYSTEM_PROMPT
+from metis_home.errors import DataError
+from metis_home.prompts import MAX_NEW_TOKENS
 
 from .answer import AsJson, Device, Dtype, DtypeChoice, System, Threshold
+from .models import load_either, load_its_processor, system_prompt_for
 
 if TYPE_CHECKING:
     from metis_home.training.evaluation.calibration import Calibration
@@ -89,7 +91,9 @@ def evaluate(
     """Measure a model."""
     modes = _modes(thinking or ["auto"])
     records = _records(data, image_root)
-    loaded, processor = _load(model, dtype, device, min_pixels, max_pixels, attention)
+    prompt = system_prompt_for(model, system)
+    loaded = load_either(model, dtype=dtype, device=device, attention=attention)
+    processor = load_its_processor(model, min_pixels=min_pixels, max_pixels=max_pixels)
 
     from rich.console import Console
 
@@ -103,7 +107,7 @@ def evaluate(
             records,
             thinking=modes,
             out_dir=out,
-            system_prompt=SYSTEM_PROMPT if system is None else system,
+            system_prompt=prompt,
             max_new_tokens=max_new_tokens,
             threshold=threshold,
             batch_tokens=batch_tokens,
@@ -169,7 +173,9 @@ def calibrate(
 
         check_writable(home)
     records = _records(data, image_root)
-    loaded, processor = _load(model, dtype, device, min_pixels, max_pixels, attention)
+    prompt = system_prompt_for(model, system)
+    loaded = load_either(model, dtype=dtype, device=device, attention=attention)
+    processor = load_its_processor(model, min_pixels=min_pixels, max_pixels=max_pixels)
 
     from metis_home.training.evaluation.calibration import calibrate as run
     from metis_home.training.evaluation.calibration import write_threshold
@@ -183,7 +189,7 @@ def calibrate(
             target,
             out_dir=directory,
             progress=progress,
-            system_prompt=SYSTEM_PROMPT if system is None else system,
+            system_prompt=prompt,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
             limit=limit,
@@ -226,11 +232,12 @@ def think_ratio(
 
 
 def _modes(given: list[str]) -> list[str]:
-    names = [name.strip() for item in given for name in item.split(",") if name.strip()]
-    unknown = [name for name in names if name not in ("auto", "on", "off")]
-    if unknown or not names:
-        raise typer.BadParameter(f"--thinking takes auto, on, off, or several with commas; found {', '.join(given)!r}.")
-    return names
+    from metis_home.training.evaluation.completions import split_modes
+
+    try:
+        return split_modes(given)
+    except DataError as error:
+        raise typer.BadParameter(f"--thinking: {error}") from None
 
 
 def _records(data: str, image_root: Path | None) -> list:
@@ -240,29 +247,6 @@ def _records(data: str, image_root: Path | None) -> list:
     records = load_records(data, image_root=image_root)
     check_records(records, purpose="evaluate").raise_if_bad()
     return records
-
-
-def _load(model: str, dtype: str, device: str, min_pixels: int | None, max_pixels: int | None, attention: str | None):
-    """Load a two-branch or dense model and its processor.
-
-    Raises:
-        CheckpointError: there is no such model, or the device is not there.
-    """
-    import torch
-
-    from metis_home.errors import CheckpointError
-    from metis_home.training.loading import load_model, load_processor
-
-    path = str(Path(model).expanduser()) if model.startswith("~") else model
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise CheckpointError(f"{model}: no such directory")
-    try:
-        if device != "auto":
-            torch.device(device)
-        loaded = load_model(path, dtype=dtype, device=device, attn_implementation=attention)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"{model}: cannot be loaded on device {device!r}: {error}") from error
-    return loaded.eval(), load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 @contextmanager

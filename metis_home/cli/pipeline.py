@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from metis_home.errors import OutputError
 from metis_home.prompts import SYSTEM_PROMPT
 
 from .answer import DtypeChoice, System
+from .models import load_either, load_its_processor, model_path, system_prompt_for
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -80,9 +82,10 @@ def pass_rates(
     from metis_home.branch import Branch
     from metis_home.training.data.encode import Encoder
     from metis_home.training.data.records import load_records
-    from metis_home.training.loading import load_model, load_processor
-    from metis_home.training.pipeline.pass_rates import cost_of
+    from metis_home.training.evaluation.fingerprint import model_fingerprint
+    from metis_home.training.pipeline.pass_rates import check_prompts, cost_of
     from metis_home.training.pipeline.pass_rates import pass_rates as run
+    from metis_home.training.pipeline.shards import remove_output
     from metis_home.training.rollouts.engine import RolloutEngine
     from metis_home.training.rollouts.hf import HFEngine
     from metis_home.training.rollouts.server import ServerEngine
@@ -90,24 +93,27 @@ def pass_rates(
     from metis_home.training.rollouts.vocabulary import end_token_ids, unsampled_token_ids
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_inputs([out], [data])
+    processor = load_its_processor(model)
     records = load_records(data)[:limit]
-    processor = load_processor(model)
-    encoder = Encoder(processor, system_prompt=_system_prompt(system))
+    check_prompts(records)
+    encoder = Encoder(processor, system_prompt=system_prompt_for(model, system) or None)
     cost = cost_of(records, encoder, samples=samples, max_new_tokens=max_new_tokens)
     if rank == 0:
         _say(str(cost))
     if estimate:
         return
     if overwrite and rank == 0:
-        for old in [out, *out.parent.glob(f"{out.name}.*-of-*.part")]:
-            old.unlink(missing_ok=True)
+        remove_output(out)
     engine: RolloutEngine
+    weights = None  # a server's are not known here
     if server:
-        config, generation = AutoConfig.from_pretrained(model), _generation_config(model)
+        config, generation = AutoConfig.from_pretrained(model_path(model)), _generation_config(model_path(model))
         branch = Branch.THINKING if config.model_type == "metis_home" else None
         engine = ServerEngine(processor, {branch: server}, exact_logprobs=False)  # only the answers count
     else:
-        loaded = load_model(model, dtype=dtype.value, device=_device(device)).eval()
+        loaded = load_either(model, dtype=dtype.value, device=_device(device))
+        weights = model_fingerprint(loaded)
         config, generation = loaded.config, loaded.generation_config
         engine = HFEngine(loaded, processor.tokenizer, max_tokens=batch_tokens)
         branch = Branch.THINKING if engine.has_branches else None
@@ -126,7 +132,7 @@ def pass_rates(
         samples=samples,
         sampling=sampling,
         out=out,
-        settings={"model": model, "data": data, "system_prompt": encoder.system_prompt},
+        settings={"model": model, "weights": weights, "data": data, "system_prompt": encoder.system_prompt},
         seed=seed,
         prompts_per_unit=prompts_per_unit,
         rank=rank,
@@ -153,7 +159,11 @@ def build_sft(
     ratio: Annotated[float, typer.Option(min=0, help="Non-thinking rows per thinking row.")] = 1.0,
     pick: Annotated[str, typer.Option(help="Of several correct answers: shortest, or all.")] = "shortest",
     exclude: Annotated[str | None, typer.Option(help="Held-out rows that must not be taught.")] = None,
-    system: System = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="System prompt for the expert; '' for none. Default: Metis-RISE's.", show_default=False),
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Leave out rows that have no pass rate.")] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -165,6 +175,8 @@ def build_sft(
         raise typer.BadParameter("--expert-url and --expert-model go together.")
     if expert is not None and expert_url is not None:
         raise typer.BadParameter("--expert and --expert-url: choose one.")
+    report_file, picture = out.with_suffix(".report.json"), out.with_suffix(".pass-rates.png")
+    refuse_inputs([out, report_file, picture], [data, *rates, expert, non_thinking, exclude])
     if out.exists() and not overwrite:
         raise OutputError(f"{out} already exists. Use another --out, or --overwrite.")
     from metis_home.training.data.records import load_records
@@ -173,7 +185,6 @@ def build_sft(
     from metis_home.training.pipeline.sft_set import build_sft_set, never_solved, read_pass_rates
 
     records, known = load_records(data), read_pass_rates(rates)
-    records = [record for record in records if record.id in known]
     answers = None
     if expert is not None:
         answers = answers_from_file(expert)
@@ -184,7 +195,7 @@ def build_sft(
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             tries=expert_tries,
         )
-        wanted = never_solved(records, known)
+        wanted = never_solved(records, known, partial=partial)
         _say(f"asking {expert_model} about {len(wanted)} prompts")
         answers = endpoint.answers(wanted, _system_prompt(system))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -199,10 +210,11 @@ def build_sft(
         ratio=ratio,
         pick=pick,  # type: ignore[arg-type]
         exclude=held_out,
+        partial=partial,
         seed=seed,
     )
-    out.with_suffix(".report.json").write_text(json.dumps(report_json(report), indent=2) + "\n", encoding="utf-8")
-    draw_histogram(report, out.with_suffix(".pass-rates.png"))
+    report_file.write_text(json.dumps(report_json(report), indent=2) + "\n", encoding="utf-8")
+    draw_histogram(report, picture)
     if as_json:
         print(json.dumps(report_json(report)))
     else:
@@ -266,6 +278,18 @@ def _generation_config(model: str) -> "GenerationConfig | None":
         return GenerationConfig.from_pretrained(model)
     except OSError:
         return None  # it has none
+
+
+def refuse_inputs(written: Sequence[Path], read: Sequence[str | Path | None]) -> None:
+    """Raise where a file to write is one of those to read.
+
+    Raises:
+        OutputError: names it.
+    """
+    sources = {Path(name).expanduser().resolve(): name for name in read if name is not None}
+    for file in written:
+        if file.resolve() in sources:
+            raise OutputError(f"{file} would be written, but {sources[file.resolve()]} is read. Use another --out.")
 
 
 def _device(device: str) -> str:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from metis_home.cli import main
+from metis_home.prompts import SYSTEM_PROMPT
 from tests.processing.tiny import write_dense_model, write_model
 from tests.training.evaluation.material import rows
 
@@ -120,6 +121,48 @@ def test_a_missing_model_and_a_missing_device_are_one_line(run, model, data, tmp
     for status, out, err in (missing, device):
         assert (status, out) == (1, "")
         assert err.startswith("error: ")
+
+
+def test_the_system_prompt_is_the_one_of_the_training_unless_it_is_given(run, model, data, tmp_path) -> None:
+    """Without `--system`: what `metis-home train` wrote beside the model, else Metis-RISE's."""
+    asked = ("--max-new-tokens", "6", "--batch-tokens", "2000", "--device", "cpu", "--limit", 1)
+
+    def used(name: str, *options: object) -> tuple[str, str]:
+        ask = ("evaluate", model, data, "--out", tmp_path / name, "--no-plots", "--json", *asked, *options)
+        status, out, err = run(*ask)
+        assert status == 0, err
+        return json.loads(out)["settings"]["system_prompt"], err
+
+    assert used("untrained")[0] == SYSTEM_PROMPT
+    (model / "recipe.json").write_text('{"stage": "sft", "training": {"output_dir": "o"}}')
+    assert used("default")[0] == SYSTEM_PROMPT
+    (model / "recipe.json").write_text('{"stage": "sft", "training": {"system_prompt": null}}')
+    prompt, err = used("trained")
+    assert prompt == ""
+    assert "system prompt: the chat template's own, as in training" in err
+    assert used("given", "--system", "Look.")[0] == "Look."
+    calibrated = run(
+        *(
+            "calibrate",
+            model,
+            data,
+            "--max-mean-tokens",
+            99,
+            "--dry-run",
+            "--json",
+            "--out",
+            tmp_path / "c",
+            *asked[:-2],
+        )
+    )
+    assert calibrated[0] == 0, calibrated[2]
+    assert json.loads((tmp_path / "c" / "run.json").read_text())["settings"]["system_prompt"] == ""
+    assert "the chat template's own" in run("route", model, "4 and 4?", "--device", "cpu")[2]
+    (model / "recipe.json").write_text("{")
+    status, out, err = run("evaluate", model, data, "--out", tmp_path / "damaged")
+    assert (status, out) == (1, "")
+    assert "recipe.json does not say" in err
+    assert "--system" in err
 
 
 def test_the_threshold_is_picked_shown_and_written(run, model, data, tmp_path) -> None:

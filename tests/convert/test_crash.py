@@ -195,6 +195,20 @@ def test_resume_with_other_options_is_refused(sources: tuple[Path, Path], tmp_pa
     assert (tmp_path / "out.partial").exists()
 
 
+def test_resume_leaves_a_complete_output_as_it_is_and_says_when_it_is_of_other_sources(tmp_path: Path) -> None:
+    source, out = write_dense(tmp_path / "source", ffn_seed=1), tmp_path / "out"
+    upcycle(source, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    upcycle(source, out, resume=True)
+
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(OutputError, match="is complete, but it was made from other sources or with other options"):
+        upcycle(source, out, seed=5, resume=True)
+    upcycle(source, out, seed=5, resume=True, overwrite=True)
+    assert Manifest.read(out).options["seed"] == 5
+
+
 def test_a_split_resumes_too(sources: tuple[Path, Path], tmp_path: Path) -> None:
     convert(sources, tmp_path / "two", Disk())
     split(tmp_path / "two", tmp_path / "whole", max_shard_size=SHARD)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from metis_home.errors import OutputError
+from metis_home.errors import DataError, OutputError
 
 Mode = Literal["auto", "on", "off"]
 MODES: tuple[Mode, ...] = ("auto", "on", "off")
@@ -69,6 +69,18 @@ class Completion:
     def tokens(self) -> int:
         """Length of the answer: the prefix counts, whoever wrote it, so that all modes are counted alike."""
         return self.prefix_tokens + self.completion_tokens
+
+
+def split_modes(given: Sequence[str]) -> list[str]:
+    """The names of modes in texts that hold one, or several with commas.
+
+    Raises:
+        DataError: a name that is none of auto, on and off, or no name at all.
+    """
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    if not names or any(name not in MODES for name in names):
+        raise DataError(f"expected auto, on, off, or several with commas; found {', '.join(given)!r}.")
+    return names
 
 
 class CompletionFile:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from metis_home.branch import Branch
-from metis_home.errors import DataError, OutputError
+from metis_home.errors import DataError
 
-from ..judging import record_problem, verify_record
+from ..data.check import check_records
+from ..evaluation.fingerprint import question_fingerprint, row_fingerprint
+from ..judging import verify_record
 from ..rollouts.types import Sampling, make_prompt
 from .shards import ShardFile
 
@@ -79,7 +81,8 @@ def pass_rates(
     """Sample, verify and write one line per prompt to `out` (JSONL): id, pass_rate, samples, correct, completions.
 
     The work is cut into units of `prompts_per_unit` prompts; unit u is done by rank u % world_size, with random numbers
-    that depend on `seed` and u only. So a run that was stopped goes on where it was and ends with the same file.
+    that depend on `seed` and u only. So a run that was stopped goes on where it was and ends with the same file. One that
+    is complete already, with the same settings, is left as it is.
 
     Args:
         samples: N, answers per prompt.
@@ -89,11 +92,9 @@ def pass_rates(
     Returns:
         Whether `out` is complete (False where other ranks are still at work).
     Raises:
-        DataError: golds that cannot be judged, listed. OutputError: `out` exists, or was begun with other settings.
+        DataError: as `check_prompts`. OutputError: `out` was made or begun with other settings.
     """
-    if out.exists():
-        raise OutputError(f"{out} already exists. Use another --out, or --overwrite.")
-    refuse_unjudgeable(records)
+    check_prompts(records, decode_images=False)
     units = [records[start : start + prompts_per_unit] for start in range(0, len(records), prompts_per_unit)]
     file = ShardFile(
         out,
@@ -108,6 +109,9 @@ def pass_rates(
             "rows": rows_digest(records),
         },
     )
+    if file.is_complete():
+        say(f"{out} is complete already, with the same settings")
+        return True
     file.open()
     mine = [number for number in range(len(units)) if number % world_size == rank]
     todo = [number for number in mine if number not in file.units]
@@ -129,10 +133,10 @@ def unit_seed(seed: int, unit: int) -> int:
 
 
 def rows_digest(records: "Sequence[Record]") -> str:
-    """Tells whether two lists of records ask the same."""
+    """Tells whether two lists of records ask the same and are judged the same."""
     digest = xxhash.xxh128()
     for record in records:
-        digest.update(f"{record.id}\0{record.answer}\0{record.kind}\0".encode())
+        digest.update(f"{record.id}\0{row_fingerprint(record)}\0".encode())
     return digest.hexdigest()
 
 
@@ -160,6 +164,7 @@ def _line(
         "index": record.index,
         "source": record.source,
         "answer": record.answer,
+        "question": question_fingerprint(record),
         "samples": len(group),
         "correct": sum(bool(correct) for correct in judged),
         "judged": len(judged),
@@ -168,24 +173,18 @@ def _line(
     }
 
 
-def refuse_unjudgeable(records: "Sequence[Record]") -> None:
-    """Raise where a gold is missing or cannot be judged.
+def check_prompts(records: "Sequence[Record]", *, decode_images: bool = True) -> None:
+    """Raise where answers could not be sampled, judged, or told apart.
 
+    Args:
+        decode_images: look into every image, as one does before a long run; else only at its header.
     Raises:
-        DataError: such rows, all of them listed.
+        DataError: there are no rows; or golds that are missing or cannot be judged, images that cannot be read, ids that
+            occur twice: all such rows are listed.
     """
-    bad = []
-    for record in records:
-        problem = record_problem(record)
-        if problem is not None:
-            bad.append(f"  row {record.index} ({record.id}): {problem}")
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {len(records)} rows have no gold that can be judged:\n"
-            + "\n".join(bad)
-            + "\nMend or remove "
-            "them; `metis-home check-rewards DATA` shows how golds are read."
-        )
+    if not records:
+        raise DataError("there are no rows. Is it the right file?")
+    check_records(records, purpose="rl", decode_images=decode_images).raise_if_bad()
 
 
 def _timed(units: list[int]) -> Iterator[tuple[int, float | None]]:

@@ -26,6 +26,8 @@ def report_lines(report: SftSetReport) -> list[str]:
         "0 < p < 1 without a usable answer": report.sometimes_without_row,
         "p = 0 without an expert answer": report.expert_missing,
         "p = 0 with wrong expert answers only": report.expert_wrong,
+        "p = 0 with correct expert answers in a wrong format only": report.expert_badly_formatted,
+        "prompts without a pass rate, left out": report.without_rate,
     }
     lines = [f"{name:12} {count:7}  {note}".rstrip() for name, count, note in rows]
     return lines + [f"  {count} {note}" for note, count in notes.items() if count]

@@ -21,11 +21,12 @@ from typing import Literal
 
 import xxhash
 
-from metis_home.errors import DataError, RecipeError, TrainingError
+from metis_home.errors import CheckpointError, DataError, RecipeError, TrainingError
 from metis_home.prompts import SYSTEM_PROMPT
 
 from ..checkpoints import newest_checkpoint
 from ..data.records import load_records
+from ..evaluation.completions import split_modes
 from ..recipe import parse_recipe, parse_section, put, read_tree, refuse_unknown
 from .experts import answers_from_file
 
@@ -126,6 +127,7 @@ def load_rise_recipe(path: str | Path, overrides: list[str]) -> RiseRecipe:
         training = getattr(recipe, stage).get("training")
         if isinstance(training, dict) and "system_prompt" in training:
             raise RecipeError(f"{path}: {stage}.training.system_prompt: say it once, as system_prompt of all stages.")
+    _check_values(recipe, str(path))
     for step in plan_steps(recipe):
         if step.recipe is not None:
             parse_recipe(step.recipe, f"{path}, {step.name}")
@@ -182,7 +184,8 @@ def plan_steps(recipe: RiseRecipe) -> list[Step]:
             name="convert",
             folder=home,
             command=[*own, "convert", str(rl / "model"), str(home / "model")],
-            resume=["--resume"],
+            # What is there may be of an earlier Stage-RL, if that was done again: it is replaced.
+            resume=["--resume", "--overwrite"],
         ),
         Step(
             name="Stage-SFT",
@@ -210,7 +213,8 @@ def run_rise(recipe: RiseRecipe, *, say: Callable[[str], None], dry_run: bool = 
     Returns:
         One entry per step: name, seconds, whether it was there already.
     Raises:
-        DataError: a file of rows or the expert's answers cannot be read; said before the first step, not hours later.
+        DataError, CheckpointError: a file of rows, the expert's answers or the model cannot be read; said before the
+            first step, not hours later.
         RecipeError: a finished step was done with other settings. TrainingError: a command failed, or an earlier run is
             still at work in this output directory.
     """
@@ -218,9 +222,48 @@ def run_rise(recipe: RiseRecipe, *, say: Callable[[str], None], dry_run: bool = 
         for step in plan_steps(recipe):
             say(f"{step.name}: {shlex.join(step.command)}")
         return []
+    steps = plan_steps(recipe)
     _check_inputs(recipe)
+    if _done(steps[0]) is None:
+        _check_model(recipe.model)
     with _only_run(Path(recipe.output_dir)) as lock:
-        return _run_all(plan_steps(recipe), say, lock)
+        return _run_all(steps, say, lock)
+
+
+def _check_values(recipe: RiseRecipe, label: str) -> None:
+    """Refuse what a step's command would refuse, hours later.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    try:
+        split_modes([recipe.evaluate.thinking])
+    except DataError as error:
+        raise RecipeError(f"{label}: evaluate.thinking: {error}") from None
+    least: dict[str, dict[str, float]] = {
+        "pass_rates": {"samples": 1, "temperature": 0.01, "max_new_tokens": 1, "batch_tokens": 1},
+        "sft_set": {"ratio": 0},
+        "evaluate": {"max_new_tokens": 1, "batch_tokens": 1},
+    }
+    for section, names in least.items():
+        for name, bound in names.items():
+            value = getattr(getattr(recipe, section), name)
+            if value < bound:
+                raise RecipeError(f"{label}: {section}.{name} is {value}; expected at least {bound}.")
+    chosen = recipe.sft_set
+    if (chosen.expert_url is None) != (chosen.expert_model is None):
+        raise RecipeError(f"{label}: sft_set.expert_url and sft_set.expert_model go together; one is missing.")
+    if chosen.expert_file is not None and chosen.expert_url is not None:
+        raise RecipeError(f"{label}: sft_set.expert_file and sft_set.expert_url: choose one.")
+
+
+def _check_model(model: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model: {model}: there is no model there: {error}") from error
 
 
 def _check_inputs(recipe: RiseRecipe) -> None:
@@ -301,6 +344,7 @@ def _run(step: Step, lock: int) -> float:
         raise TrainingError(
             f"{step.name} failed with status {finished.returncode}; the end of {step.folder / 'log.txt'}:\n"
             + "\n".join(f"  {line}" for line in tail)
+            + f"\nStarted again, `rise` goes on with this step; to do all of it anew, remove {step.folder} first."
         )
     return time.monotonic() - started
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = ("prompts", "solved", "sometimes", "never", "unjudged", "held_out")
-ROWS = ("self_distilled", "expert", "expert_missing", "expert_wrong", "non_thinking", "rows")
+ROWS = ("self_distilled", "expert", "expert_missing", "expert_wrong", "expert_badly_formatted", "non_thinking", "rows")
 
 
 def summarize_rise(output_dir: str | Path, steps: list[dict[str, object]]) -> dict[str, Any]:

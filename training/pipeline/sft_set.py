@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Literal
 from metis_home.branch import Branch
 from metis_home.errors import DataError
 
-from ..data.conversation import image_sources, texts
+from ..data.conversation import texts
 from ..data.formats import format_problem, mode_name
 from ..data.records import write_rows
-from ..evaluation.fingerprint import image_bytes
+from ..evaluation.fingerprint import image_contents, question_fingerprint
 from ..judging import verify_record
 from .portable import portable_row
 
@@ -40,6 +40,8 @@ class SftSetReport:
     """What became of every prompt."""
 
     prompts: int = 0
+    without_rate: int = 0
+    """Prompts without a pass rate: left out, where that is allowed."""
     solved: int = 0
     """p = 1: dropped."""
     sometimes: int = 0
@@ -57,7 +59,9 @@ class SftSetReport:
     expert_missing: int = 0
     """Prompts with p = 0 for which the expert has no answer."""
     expert_wrong: int = 0
-    """Prompts with p = 0 whose expert answers are all wrong, cut or without reasoning."""
+    """Prompts with p = 0 whose expert answers are all wrong."""
+    expert_badly_formatted: int = 0
+    """Prompts with p = 0 whose correct expert answers are all not strictly in the thinking format."""
     badly_formatted: int = 0
     """Correct answers of the model that are not strictly in the thinking format: not used."""
     duplicates: int = 0
@@ -86,7 +90,7 @@ def read_pass_rates(paths: Sequence[Path]) -> dict[str, dict[str, object]]:
     """Read files of `metis-home pass-rates`, {id: line}.
 
     Raises:
-        DataError: a file cannot be read, is something else, or two files speak of one id.
+        DataError: a file cannot be read, is something else, or an id has two lines.
     """
     found: dict[str, dict[str, object]] = {}
     for path in paths:
@@ -94,18 +98,67 @@ def read_pass_rates(paths: Sequence[Path]) -> dict[str, dict[str, object]]:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: the pass rates cannot be read: {error}") from error
-        for line in lines:
-            if not isinstance(line, dict) or not {"id", "pass_rate", "completions"} <= line.keys():
-                raise DataError(f"{path}: this is no file of pass rates; expected what `metis-home pass-rates` writes.")
-            if line["id"] in found:
-                raise DataError(f"{path}: id {line['id']!r} has pass rates already. Pass each file once.")
-            found[line["id"]] = line
+        place: dict[str, int] = {}
+        for number, line in enumerate(lines, start=1):
+            problem = _line_problem(line)
+            if problem is not None:
+                raise DataError(
+                    f"{path}, line {number}: {problem}. This is no file of pass rates; expected what `metis-home "
+                    "pass-rates` writes."
+                )
+            name = line["id"]
+            if name in place:
+                raise DataError(
+                    f"{path}: lines {place[name]} and {number} both have the id {name!r}. Give every row its own id, "
+                    "and sample again."
+                )
+            if name in found:
+                raise DataError(f"{path}: id {name!r} has pass rates in another file already. Pass each file once.")
+            place[name] = number
+        found |= {line["id"]: line for line in lines}
     return found
 
 
-def never_solved(records: "Sequence[Record]", rates: Mapping[str, Mapping[str, object]]) -> "list[Record]":
-    """The records with p = 0: those an expert is asked about."""
-    return [record for record in records if record.id in rates and rates[record.id]["pass_rate"] == 0]
+def rated(
+    records: "Sequence[Record]", rates: Mapping[str, Mapping[str, object]], *, partial: bool = False
+) -> "list[Record]":
+    """The records that have a pass rate, once it is sure that the rates are of these very questions and golds.
+
+    Args:
+        partial: some records may have none; else all must.
+    Raises:
+        DataError: records without a pass rate (none has one), or whose question, images or gold is not what was sampled.
+    """
+    found = [record for record in records if record.id in rates]
+    missing = [record.id for record in records if record.id not in rates]
+    if missing and not (partial and found):
+        hint = " --partial leaves them out." if found else ""
+        raise DataError(
+            f"{len(missing)} of {len(records)} rows have no pass rate, the first is {missing[0]!r}. Were they sampled "
+            f"from other data, or from a part of it?{hint}"
+        )
+    for what, differs in (
+        ("gold", lambda record, line: line["answer"] != record.answer),
+        ("question or image", lambda record, line: line["question"] != question_fingerprint(record)),
+    ):
+        other = [record for record in found if differs(record, rates[record.id])]
+        if other:
+            raise DataError(
+                f"{len(other)} of {len(records)} rows have another {what} than the row of that id that was sampled, the "
+                f"first is row {other[0].index} ({other[0].id}). Use the data that the pass rates are of, or sample again."
+            )
+    return found
+
+
+def never_solved(
+    records: "Sequence[Record]", rates: Mapping[str, Mapping[str, object]], *, partial: bool = False
+) -> "list[Record]":
+    """The records with p = 0: those an expert is asked about.
+
+    Raises:
+        DataError: as `rated`.
+    """
+    return [record for record in rated(records, rates, partial=partial) if rates[record.id]["pass_rate"] == 0]
 
 
 def build_sft_set(
@@ -118,6 +171,7 @@ def build_sft_set(
     ratio: float = 1.0,
     pick: Pick = "shortest",
     exclude: "Sequence[Record]" = (),
+    partial: bool = False,
     seed: int = 0,
 ) -> SftSetReport:
     """Write the rows of Stage-SFT to `out` (JSONL, by rename), shuffled by `seed`.
@@ -132,19 +186,15 @@ def build_sft_set(
         ratio: non-thinking rows per thinking row; Metis-HOME has about 1. All of them where there are fewer.
         pick: of several correct answers of its own, the shortest, or all that differ.
         exclude: held-out rows; a prompt that asks the same about the same images is left out.
+        partial: prompts without a pass rate are left out; else they are an error.
     Raises:
-        DataError: ids without a pass rate, or nothing to write.
+        DataError: as `rated`; an image cannot be read; or nothing to write.
     """
-    missing = [record.id for record in records if record.id not in rates]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(records)} rows have no pass rate, the first is {missing[0]!r}. Were they sampled "
-            "from other data?"
-        )
-    report = SftSetReport(prompts=len(records))
+    known = rated(records, rates, partial=partial)
+    report = SftSetReport(prompts=len(records), without_rate=len(records) - len(known))
     held_out = {_question(record) for record in exclude}
     rows: list[dict[str, object]] = []
-    for record in records:
+    for record in known:
         if _question(record) in held_out:
             report.held_out += 1
             continue
@@ -219,15 +269,12 @@ def _own(line: Mapping[str, object], pick: Pick, report: SftSetReport) -> list[s
 
 
 def _experts(record: "Record", responses: Sequence[str], report: SftSetReport) -> list[str]:
-    for response in responses:
-        if format_problem(response, Branch.THINKING) is None:
-            if verify_record(response, record).correct:
-                return [response]
-    if responses:
-        report.expert_wrong += 1
-    else:
-        report.expert_missing += 1
-    return []
+    correct = [response for response in responses if verify_record(response, record).correct]
+    tidy = [response for response in correct if format_problem(response, Branch.THINKING) is None]
+    report.expert_missing += not responses
+    report.expert_wrong += bool(responses) and not correct
+    report.expert_badly_formatted += bool(correct) and not tidy
+    return tidy[:1]
 
 
 def _direct_rows(
@@ -255,11 +302,32 @@ def _direct_rows(
 def _question(record: "Record") -> object:
     """What tells two questions apart: their words and their images."""
     words = tuple(_normalised(text) for text in texts(record.messages))
-    return words, tuple(image_bytes(source) for source in image_sources(record.messages))
+    return words, tuple(image_contents(record))
 
 
 def _normalised(text: object) -> str:
     return re.sub(r"\s+", " ", str(text)).strip().lower()
+
+
+def _line_problem(line: object) -> str | None:
+    """What is wrong with a line of pass rates; None: nothing."""
+    if not isinstance(line, dict):
+        return f"expected a mapping, found a {type(line).__name__}"
+    missing = [name for name in ("id", "answer", "question", "pass_rate", "completions") if name not in line]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    if not isinstance(line["id"], str):
+        return f"id must be a text, found {line['id']!r}"
+    rate = line["pass_rate"]
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
+        return f"pass_rate must be a number from 0 to 1, or null; found {rate!r}"
+    kinds = {"text": str, "correct": bool | None, "tokens": int}
+    for completion in line["completions"] if isinstance(line["completions"], list) else [None]:
+        if not isinstance(completion, dict) or any(
+            not isinstance(completion.get(name, ...), kind) for name, kind in kinds.items()
+        ):
+            return "completions must be a list of mappings with text, correct and tokens"
+    return None
 
 
 def _bin(rate: float) -> int:

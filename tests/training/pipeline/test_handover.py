@@ -168,7 +168,10 @@ def test_what_only_our_trainer_does_is_refused(target: str, records, tmp_path: P
 
 
 def test_rows_without_a_gold_and_folders_in_use_are_refused(records, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no gold that can be judged"):
+    gone = {"id": "g", "prompt": "What?", "solution": "4", "image": str(tmp_path / "gone.png")}
+    with pytest.raises(DataError, match=r"row 0 \(g\): missing image"):
+        export_recipe(recipe(), load_records([gone]), tmp_path / "out", target="trl")
+    with pytest.raises(DataError, match="empty answer"):
         export_recipe(recipe(), load_records([{"prompt": "What?"}]), tmp_path / "out", target="trl")
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="already exists"):

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from metis_home.errors import DataError, OutputError
 from metis_home.training.data.encode import Encoder
 from metis_home.training.data.records import Record, load_records
 from metis_home.training.loading import load_model, load_processor
-from metis_home.training.pipeline.pass_rates import cost_of, pass_rates
+from metis_home.training.pipeline.pass_rates import cost_of, pass_rates, rows_digest
 from metis_home.training.rollouts.hf import HFEngine
 from metis_home.training.rollouts.types import Sampling
 from metis_home.training.rollouts.vocabulary import end_token_ids, unsampled_token_ids
@@ -109,16 +110,66 @@ def test_other_settings_do_not_mix(setting: Setting, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="seed: 1 then, 2 now"):
         setting.run(tmp_path / "two.jsonl", rank=1, world_size=2, seed=2)
     setting.run(tmp_path / "one.jsonl")
+    with pytest.raises(OutputError, match=r"one\.jsonl was made with other settings .*seed: 1 then, 2 now"):
+        setting.run(tmp_path / "one.jsonl", seed=2)
+    (tmp_path / "one.jsonl.settings.json").unlink()
     with pytest.raises(OutputError, match="already exists"):
         setting.run(tmp_path / "one.jsonl")
+
+
+def test_what_is_complete_is_left_as_it_is(setting: Setting, tmp_path: Path, monkeypatch) -> None:
+    setting.run(tmp_path / "rates.jsonl")
+    written = (tmp_path / "rates.jsonl").read_bytes()
+    monkeypatch.setattr(setting.engine, "generate", None)  # nothing is sampled again
+    said: list[str] = []
+
+    assert setting.run(tmp_path / "rates.jsonl", say=said.append)
+    assert setting.run(tmp_path / "rates.jsonl", say=said.append, rank=1, world_size=2)
+
+    assert (tmp_path / "rates.jsonl").read_bytes() == written
+    assert said == [f"{tmp_path / 'rates.jsonl'} is complete already, with the same settings"] * 2
+
+
+def test_a_run_that_was_killed_after_the_last_rename_is_complete(setting: Setting, tmp_path: Path) -> None:
+    setting.run(tmp_path / "rates.jsonl")
+    part = tmp_path / "rates.jsonl.0-of-1.part"
+    part.write_text("{}\n")
+
+    assert setting.run(tmp_path / "rates.jsonl")
+    assert not part.exists()
 
 
 def test_golds_that_cannot_be_judged_are_said_before_anything_is_sampled(setting: Setting, tmp_path: Path) -> None:
     records = load_records([{"id": "a", "prompt": "What?"}, {"id": "b", "prompt": "What?", "solution": "4"}])
 
-    with pytest.raises(DataError, match=r"1 of 2 rows .*\n  row 0 \(a\): no answer"):
+    with pytest.raises(DataError, match=r"1 of 2 rows .*\n  row 0 \(a\): empty answer"):
         setting.run(tmp_path / "rates.jsonl", records=records)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_cannot_be_sampled_or_told_apart_are_refused(setting: Setting, tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "What?", "solution": "4"}
+    gone = {**row, "image": str(tmp_path / "gone.png")}
+    for rows, words in (
+        ([], "there are no rows"),
+        ([row, row], r"row 1 \(a\): duplicate id"),
+        ([gone], r"row 0 \(a\): missing image"),
+    ):
+        with pytest.raises(DataError, match=words):
+            setting.run(tmp_path / "rates.jsonl", records=load_records(rows))
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_the_same_ids_and_golds_are_other_rows(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "a.png")
+    row = {"id": "a", "prompt": "What?", "solution": "4", "options": ["4", "5"], "image": str(tmp_path / "a.png")}
+
+    before = rows_digest(load_records([row]))
+    others = [{**row, "prompt": "Which?"}, {**row, "options": ["5", "4"]}, {**row, "tolerance": 0.1}]
+    assert rows_digest(load_records([row])) == before
+    assert len({before, *(rows_digest(load_records([other])) for other in others)}) == 4
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "a.png")
+    assert rows_digest(load_records([row])) != before
 
 
 def test_the_cost_is_known_ahead(setting: Setting) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from metis_home import MetisHomeForConditionalGeneration
 from metis_home.cli import main
-from metis_home.errors import DataError, RecipeError, TrainingError
+from metis_home.errors import CheckpointError, DataError, RecipeError, TrainingError
 from metis_home.training.checkpoints import newest_checkpoint
 from metis_home.training.data.records import write_rows
 from metis_home.training.pipeline.rise import LOCK, load_rise_recipe, plan_steps, run_rise
@@ -158,6 +158,29 @@ def test_a_finished_pipeline_does_nothing_again_and_refuses_other_settings(inter
         run_rise(load_rise_recipe(interrupted["recipe"], ["evaluate.max_new_tokens=5"]), say=print)
 
 
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_step_whose_output_is_complete_is_done_whatever_killed_the_pipeline(interrupted: dict, name: str) -> None:
+    done = interrupted["out"] / name / "done.json"
+    done.unlink()
+
+    again = run_rise(load_rise_recipe(interrupted["recipe"], []), say=print)
+
+    assert [step["skipped"] for step in again] == [folder != name for folder in FOLDERS]
+    assert done.exists()
+
+
+def test_a_conversion_of_a_model_that_was_written_again_is_done_again(interrupted: dict) -> None:
+    weights = interrupted["out"] / "1-rl/model/model.safetensors"
+    made = interrupted["out"] / "4-convert/model/model.safetensors"
+    before = load_file(made)
+    weights.touch()
+    (interrupted["out"] / "4-convert/done.json").unlink()
+
+    run_rise(load_rise_recipe(interrupted["recipe"], []), say=print)
+
+    assert all(tensor.equal(before[key]) for key, tensor in load_file(made).items())
+
+
 def test_a_step_that_fails_says_why_and_the_next_try_begins_with_it(interrupted: dict, tmp_path: Path) -> None:
     recipe = load_rise_recipe(interrupted["recipe"], [f"output_dir={tmp_path / 'out'}"])
     steps = plan_steps(recipe)
@@ -184,6 +207,30 @@ def test_rows_that_are_not_there_are_missed_before_the_first_step(tmp_path: Path
         run_rise(recipe, say=print)
 
     assert not (tmp_path / "out/1-rl").exists()
+
+
+def test_a_model_that_is_not_there_is_missed_before_the_first_step(tmp_path: Path) -> None:
+    recipe = load_rise_recipe(write_recipe(tmp_path), [f"model={tmp_path / 'nowhere'}"])
+
+    with pytest.raises(CheckpointError, match="nowhere: there is no model there"):
+        run_rise(recipe, say=print)
+
+    assert not (tmp_path / "out/1-rl").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("evaluate.thinking=foo", "evaluate.thinking: expected auto, on, off, or several with commas; found 'foo'"),
+        ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens is 0; expected at least 1"),
+        ("pass_rates.samples=0", "pass_rates.samples is 0; expected at least 1"),
+        ("sft_set.ratio=-1", "sft_set.ratio is -1"),
+        ("sft_set.expert_url=http://localhost", "expert_url and sft_set.expert_model go together"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_with_the_recipe(tmp_path: Path, setting: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_rise_recipe(write_recipe(tmp_path), [setting])
 
 
 def test_the_system_prompt_is_one_for_all_stages(interrupted: dict) -> None:

@@ -24,7 +24,8 @@ def test_what_is_finished_is_joined_in_order(tmp_path: Path) -> None:
 
     assert file.finish(2)
     assert out.read_text() == '{"row": 0}\n{"row": 1}\n{"row": 2}\n'
-    assert list(tmp_path.iterdir()) == [out]
+    assert sorted(tmp_path.iterdir()) == [out, file.settings_path]
+    assert file.is_complete()
 
 
 def test_a_unit_that_was_cut_is_done_again(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metis_home.errors import DataError, OutputError, RecipeError
+from metis_home.errors import OutputError, RecipeError
 
 from ...recipe import Recipe
+from ..pass_rates import check_prompts
 from ..portable import portable_row
 from . import swift, trl, verl
 from .settings import RLSettings, settings_of
@@ -43,12 +44,12 @@ def export_recipe(recipe: Recipe, records: "Sequence[Record]", out: Path, *, tar
         target: trl, verl or swift.
     Raises:
         RecipeError: unknown target, or a recipe that only our trainer can carry out.
-        DataError: rows without a gold that can be judged, listed. OutputError: `out` exists.
+        DataError: rows that cannot be sampled or judged, listed. OutputError: `out` exists.
     """
     if target not in TARGETS:
         raise RecipeError(f"unknown target {target!r}. Expected one of {', '.join(TARGETS)}.")
     settings = settings_of(recipe)
-    _check_golds(records)
+    check_prompts(records)
     if out.exists():
         raise OutputError(f"{out} already exists. Use another folder.")
     unfinished = out.with_name(f".{out.name}.partial")
@@ -86,11 +87,3 @@ def _with_copied_images(record: "Record") -> "Record":
         return [copied(item) for item in value] if isinstance(value, list) else value
 
     return replace(record, messages=copied(record.messages))  # type: ignore[arg-type]
-
-
-def _check_golds(records: "Sequence[Record]") -> None:
-    from ..pass_rates import refuse_unjudgeable
-
-    if not records:
-        raise DataError("there are no rows to hand over.")
-    refuse_unjudgeable(records)
