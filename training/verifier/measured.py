@@ -3,7 +3,7 @@ r"""Expressions with a unit of measure: `36\pi \text{ cm}^2`, `2\sqrt{3} cm`. ma
 import re
 from fractions import Fraction
 
-from .equations import is_symbolic
+from .equations import is_relation, is_symbolic, leading_name
 from .expression import same_expression
 from .normalise import clean
 from .units import BARE, Unit, conversion, read_unit
@@ -46,6 +46,8 @@ def same_measured(gold: str, gold_unit: Unit, prediction: str, tolerance: Fracti
         if factor is None:
             return False, "measured in another unit"
         if factor != 1:
-            value = clean(expression).rsplit("=", 1)[-1]
+            value = leading_name(clean(expression))[1]
+            if is_relation(value):
+                raise Unreadable("is an equation in another unit")
             expression = rf"({value}) \cdot \frac{{{factor.numerator}}}{{{factor.denominator}}}"
     return same_expression(gold, expression, tolerance)

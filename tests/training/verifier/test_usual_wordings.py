@@ -21,6 +21,8 @@ EXPRESSIONS_WITH_UNITS = [
     (r"36\pi \text{ cm}^2", r"36\pi \text{ m}^2", False),
     (r"36\pi \text{ cm}^2", r"36\pi \text{ cm}", False),
     (r"2\pi \text{ m}", r"200\pi \text{ cm}", True),
+    (r"2\pi \text{ m}", r"x = 200\pi \text{ cm}", True),
+    (r"2\pi \text{ m}", r"5 = 200\pi \text{ cm}", False),
     (r"\sqrt{2} cm", r"\sqrt{2}", True),
     (r"\sqrt{2} cm", r"\sqrt{2} mc", False),
     (r"\sqrt{2} cm", r"\sqrt{2} kg", False),
