@@ -66,8 +66,8 @@ def load_its_processor(
 def system_prompt_for(model: str, given: str | None) -> str:
     """The system prompt of conversations that have none; "" for the chat template's own.
 
-    What the user gave, else what the model was trained with, as `recipe.json` beside it says (one line on stderr tells),
-    else Metis-RISE's.
+    What the user gave, else what the model was trained with, as `recipe.json` beside it says (of a `checkpoint-N`: one
+    folder up; a line on stderr tells), else Metis-RISE's.
 
     Raises:
         CheckpointError: that file cannot be read.
@@ -76,7 +76,8 @@ def system_prompt_for(model: str, given: str | None) -> str:
         return given
     from metis_home.training.run import SETTINGS_FILE
 
-    file = Path(model).expanduser() / SETTINGS_FILE
+    home = Path(model).expanduser().resolve()
+    file = (home.parent if home.name.startswith("checkpoint-") else home) / SETTINGS_FILE
     if not file.is_file():
         return SYSTEM_PROMPT
     try:

@@ -158,6 +158,9 @@ def test_the_system_prompt_is_the_one_of_the_training_unless_it_is_given(run, mo
     assert calibrated[0] == 0, calibrated[2]
     assert json.loads((tmp_path / "c" / "run.json").read_text())["settings"]["system_prompt"] == ""
     assert "the chat template's own" in run("route", model, "4 and 4?", "--device", "cpu")[2]
+    checkpoint = shutil.copytree(model, tmp_path / "training" / "checkpoint-3", ignore=lambda *_: ["recipe.json"])
+    shutil.copy(model / "recipe.json", checkpoint.parent)
+    assert "the chat template's own" in run("route", checkpoint, "4 and 4?", "--device", "cpu")[2]
     (model / "recipe.json").write_text("{")
     status, out, err = run("evaluate", model, data, "--out", tmp_path / "damaged")
     assert (status, out) == (1, "")

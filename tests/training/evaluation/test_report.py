@@ -151,6 +151,7 @@ def test_many_sources_are_rows_of_a_picture_that_keeps_its_width() -> None:
 
     width, height = figure.get_size_inches()
     assert width / height < 2
+    assert figure.axes[0].yaxis_inverted()  # the first source on top
     named = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert named == [*(f"source {number}" for number in range(8)), "all"]
     assert [len(axis.patches) for axis in figure.axes] == [27] * 3
