@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,21 @@ def test_columns_that_the_verifier_reads_come_along(tmp_path: Path) -> None:
     assert accuracy([""], ["<think>so</think><answer>blue</answer>"], **columns) == [1.0]
 
 
+def test_several_golds_reach_every_trainer_as_lists(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = load_records([{"prompt": "Which?", "solution": ["crimson", "red"]}, {"prompt": "1 + 1?", "solution": "2"}])
+    folders = {target: export_recipe(recipe(), rows, tmp_path / target, target=target).folder for target in TARGETS}
+
+    golds = [["crimson", "red"], ["2"]]
+    for target in ("trl", "swift"):
+        lines = (folders[target] / "prompts.jsonl").read_text().splitlines()
+        assert [json.loads(line)["solution"] for line in lines] == golds
+    handed = parquet.read_table(folders["verl"] / "prompts.parquet").to_pylist()
+    assert [row["reward_model"]["ground_truth"] for row in handed] == golds
+    score = module(folders["verl"] / "rewards.py").compute_score
+    assert [score("s", "<answer>red</answer>", gold, {})["acc"] for gold in golds] == [1.0, 0.0]
+
+
 def test_verl_scores_by_the_recipes_weights(records, tmp_path: Path) -> None:
     made = export_recipe(recipe(reward_weights=[0.5, 0.25]), records, tmp_path / "verl", target="verl")
 
@@ -165,6 +181,14 @@ def test_what_only_our_trainer_does_is_refused(target: str, records, tmp_path: P
         with pytest.raises(RecipeError, match=f"training.{word} .* cannot be handed over"):
             export_recipe(recipe(**change), records, tmp_path / "out", target=target)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rewards_of_the_users_own_are_refused(target: str, records, tmp_path: Path) -> None:
+    mine = replace(recipe(reward_weights=None), rewards=("accuracy_reward", "my_rewards:short"))
+
+    with pytest.raises(RecipeError, match="my_rewards:short: functions of your own cannot be handed over"):
+        export_recipe(mine, records, tmp_path / "out", target=target)
 
 
 def test_rows_without_a_gold_and_folders_in_use_are_refused(records, tmp_path: Path) -> None:

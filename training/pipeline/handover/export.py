@@ -56,7 +56,7 @@ def export_recipe(recipe: Recipe, records: "Sequence[Record]", out: Path, *, tar
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        rows = [_row(record, unfinished) for record in records]
+        rows = _with_golds_of_one_type([_row(record, unfinished) for record in records])
         notes = TARGETS[target](settings, rows, unfinished)
         for script in unfinished.glob("*.sh"):
             script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -70,6 +70,13 @@ def _row(record: "Record", folder: Path) -> dict[str, object]:
     """What every target needs of a record; the columns that the verifier reads come along."""
     columns = {name: record.columns[name] for name in ("options", "tolerance") if record.columns.get(name) is not None}
     return {**portable_row(_with_copied_images(record), folder / "prompts.jsonl"), **columns}
+
+
+def _with_golds_of_one_type(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Where a row has several golds all have a list: Parquet and `datasets` read columns of one type."""
+    if not any(isinstance(row["solution"], list) for row in rows):
+        return rows
+    return [{**row, "solution": gold if isinstance(gold := row["solution"], list) else [gold]} for row in rows]
 
 
 def _with_copied_images(record: "Record") -> "Record":

@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from metis_home.errors import RecipeError
 
 from ...recipe import Recipe
+from ...reward_references import is_reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +68,17 @@ def settings_of(recipe: Recipe) -> RLSettings:
     """Read the settings of a recipe with stage rl.
 
     Raises:
-        RecipeError: another stage, or something that only our trainer does (HDPO, branches, adapters, tools).
+        RecipeError: another stage, rewards of the user's own, or something that only our trainer does (HDPO, branches,
+            adapters, tools).
     """
     if recipe.stage != "rl":
         raise RecipeError(f"only Stage-RL can be handed over; this recipe is stage {recipe.stage}.")
+    users = [name for name in recipe.rewards if is_reference(name)]
+    if users:
+        raise RecipeError(
+            f"rewards {', '.join(users)}: functions of your own cannot be handed over. Leave them out, and add them to the "
+            "files that are written."
+        )
     defaults = {
         entry.name: entry.default_factory() if entry.default is MISSING else entry.default  # type: ignore[operator]
         for entry in fields(recipe.config_class())

@@ -78,7 +78,7 @@ def _row(index: int, row: dict[str, object], settings: RLSettings, out: Path) ->
         "prompt": prompt,
         "images": [{"bytes": (out / path).read_bytes()} for path in images],
         "ability": "reasoning",
-        "reward_model": {"style": "rule", "ground_truth": str(row.get("solution"))},
+        "reward_model": {"style": "rule", "ground_truth": row["solution"]},
         "extra_info": {
             "index": index,
             "id": str(row["id"]),
