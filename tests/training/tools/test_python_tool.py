@@ -174,7 +174,8 @@ def test_a_full_folder_stops_no_later_program(filler: str) -> None:
     tool._fonts = {"../tmp/fontlist.json": bytes(5000), "../tmp/fontlist2.json": b"x"}
 
     tool.run({"code": f"SIZE = {size}\n{filler}"}, context)
-    again = tool.run({"code": "# matplotlib\nimport os\nlen(os.listdir('/tmp')), len(os.listdir('.')) > 0"}, context)
+    looks = "len([name for name in os.listdir('/tmp') if name.startswith('fontlist')]), len(os.listdir('.')) > 0"
+    again = tool.run({"code": f"# matplotlib\nimport os\n{looks}"}, context)
     emptied = tool.run({"code": "import shutil\nshutil.rmtree('.', ignore_errors=True)"}, context)
 
     assert again.text == "(2, True)"
