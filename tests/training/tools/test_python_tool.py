@@ -160,7 +160,7 @@ FILLERS = {
     "a sparse file": "open('a', 'w').write('x')\nwith open('big', 'wb') as file: file.truncate(SIZE - 1)",
     "small files": "for n in range(99): open(f'a{n}', 'w').write('x')\n"
     "with open('big', 'wb') as file: file.truncate(SIZE - 99)",
-    "the temporary folder too": "import pathlib\nfor path in pathlib.Path('/tmp').iterdir(): path.unlink()\n"
+    "the temporary folder too": "import pathlib\nfor path in pathlib.Path('/tmp').glob('fontlist*'): path.unlink()\n"
     "with open('big', 'wb') as file:\n    while True: file.write(bytes(4096)); file.flush()",
 }
 
