@@ -23,7 +23,10 @@ def load_reference(name: str) -> Any:
         RecipeError: there is no such module, its import fails, or it has no such function.
     """
     module_name, _, attribute = name.partition(":")
-    sys.path.append(os.getcwd())  # last: a file here replaces no installed module
+    here = os.getcwd()
+    is_new = here not in sys.path
+    if is_new:
+        sys.path.append(here)  # last: a file here replaces no installed module
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
@@ -31,8 +34,9 @@ def load_reference(name: str) -> Any:
             f"reward {name!r}: importing {module_name} failed: {type(error).__name__}: {error}"
         ) from error
     finally:
-        sys.path.remove(os.getcwd())
+        if is_new and here in sys.path:
+            sys.path.remove(here)
     found = getattr(module, attribute, None)
     if not callable(found):
-        raise RecipeError(f"reward {name!r}: {module.__file__} has no function {attribute!r}")
+        raise RecipeError(f"reward {name!r}: {module_name} has no function {attribute!r}")
     return found
