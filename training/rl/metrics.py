@@ -200,6 +200,7 @@ class UpdateMetrics:
             if before is None:
                 self._sums[name] = value
             else:
+                before = before.to(value.device)  # what a checkpoint brought back is on the CPU
                 self._sums[name] = before.maximum(value) if name.endswith("_max") else before + value
 
     def state_dict(self) -> dict[str, float]:

@@ -35,7 +35,7 @@ PLOTS: dict[str, tuple[str, list[str]]] = {
     "speed": ("sampled tokens per second", ["rollout_tokens_per_second"]),
     "seconds": ("seconds per stage", ["seconds/*"]),
     "thinking": ("share of thinking answers, in all and by source", ["thinking_ratio", "thinking_ratio/*"]),
-    "tool_calls": ("tool calls of a filling", ["tools/calls"]),
+    "tool_calls": ("tool turns per answer", ["tool_calls"]),
     "tool_failures": ("share of tool calls that failed", ["tools/failures"]),
 }
 

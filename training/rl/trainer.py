@@ -328,6 +328,8 @@ class MetisRLTrainer(HubLayoutResume, WatchedTrainer):
         ) | filling_columns(filling)
         if isinstance(self.engine, ToolRollouts):
             metrics |= self.engine.take_metrics()
+        else:
+            del metrics["tool_calls"]  # there are none to call
         self._pending_metrics.append(metrics)
         if self.completions is not None:
             self.completions.write(filling.groups, self.state.global_step + 1)
